@@ -1,0 +1,19 @@
+"""Pretrained networks as `features(batch) -> (n, feature_dim)`: any Hugging Face encoder, and CIFAR ResNets."""
+
+from everlora.backbones.base import Backbone, Modality
+from everlora.backbones.fingerprint import cache_folder, model_fingerprint
+from everlora.backbones.inputs import Encoded, EncodedImages, EncodedTexts
+from everlora.backbones.load import load_backbone
+from everlora.backbones.source import resolve_source
+
+__all__ = [
+    "Backbone",
+    "Encoded",
+    "EncodedImages",
+    "EncodedTexts",
+    "Modality",
+    "cache_folder",
+    "load_backbone",
+    "model_fingerprint",
+    "resolve_source",
+]

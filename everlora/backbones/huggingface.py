@@ -1,0 +1,269 @@
+"""Hugging Face encoders as backbones."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from everlora.backbones.architectures import ARCHITECTURES, Architecture, known_targets
+from everlora.backbones.base import Backbone
+from everlora.backbones.images import ImageInputs, ImageTransform
+from everlora.backbones.pooling import pool, pooled_width
+from everlora.backbones.texts import TextInputs
+from everlora.errors import ModelError, OptionError
+
+__all__ = ["HuggingFaceBackbone", "load_huggingface", "quiet_transformers"]
+
+logger = logging.getLogger("everlora.backbones")
+
+_TEXT_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
+_UNKNOWN = Architecture((), "mean", num_prefix=0)
+_DEFAULT_MAX_LENGTH = 512
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# What transformers raises for a broken or unsuitable folder.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+
+
+class HuggingFaceBackbone(Backbone):
+    """An encoder of transformers with pooled features.
+
+    Args:
+        model: the encoder.
+        inputs: encodes and collates its data.
+        facts: the entry of the architecture's table.
+        interpolate: ask the model to interpolate its position embeddings, for images of another size.
+        **names: `source`, `folder`, `architecture`, `pooling`, handed to `Backbone`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: ImageInputs | TextInputs,
+        *,
+        facts: Architecture,
+        interpolate: bool = False,
+        **names: Any,
+    ) -> None:
+        width = pooled_width(names["pooling"], _hidden_size(model))
+        super().__init__(model, inputs, feature_dim=width, **names)
+        self.dtype = next(model.parameters()).dtype
+        self.num_prefix = facts.num_prefix + _num_registers(model)
+        self.interpolate = interpolate
+        self._preferred_targets = facts.targets
+
+    @property
+    def default_targets(self) -> tuple[str, ...]:
+        """Last name components of the key and value projections.
+
+        Raises:
+            TargetError: none of the known names is present.
+        """
+        names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        # An adapted layer keeps its frozen linear layer inside, one name component deeper.
+        names += [name.removesuffix(".base") for name in names if name.endswith(".base")]
+        return known_targets(names, self._preferred_targets)
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute pooled features, `(n, feature_dim)` float32."""
+        if self.modality == "image":
+            extra = {"interpolate_pos_encoding": True} if self.interpolate else {}
+            outputs = self.model(pixel_values=batch["pixel_values"].to(self.dtype), **extra)
+            return pool(outputs, self.pooling, mask=None, num_prefix=self.num_prefix)
+        outputs = self.model(**{name: batch[name] for name in _TEXT_ARGUMENTS if name in batch})
+        return pool(outputs, self.pooling, mask=batch["attention_mask"], num_prefix=0)
+
+
+def load_huggingface(
+    folder: Path,
+    *,
+    source: str,
+    pooling: str,
+    normalise: bool,
+    dtype: torch.dtype,
+    max_length: int | None,
+    image_size: int | None,
+) -> HuggingFaceBackbone:
+    """Load an encoder from a local folder; see `everlora.backbones.load_backbone`.
+
+    Raises:
+        ModelError: the folder cannot be loaded, or lacks some of the encoder's weights.
+        OptionError: an option does not fit the modality of the model.
+    """
+    with quiet_transformers():
+        config = _guarded(folder, transformers.AutoConfig.from_pretrained, folder, local_files_only=True)
+        architecture = str(config.model_type)
+        facts = ARCHITECTURES.get(architecture, _UNKNOWN)
+        chosen = _choose_pooling(folder, facts) if pooling == "auto" else pooling
+        model = _load_encoder(folder, config, facts, pooler=chosen == "pooler", dtype=dtype)
+    inputs: ImageInputs | TextInputs
+    interpolate = False
+    if model.main_input_name == "pixel_values":
+        if max_length is not None:
+            raise OptionError(f"expected no max_length for the image model {source}, found {max_length}; leave it out")
+        inputs = ImageInputs(_image_transform(folder, model.config, image_size, normalise))
+        interpolate = _needs_interpolation(model, inputs.transform.size, source)
+    elif image_size is not None:
+        raise OptionError(f"expected no image_size for the text model {source}, found {image_size}; leave it out")
+    else:
+        inputs = _text_inputs(folder, model.config, facts, max_length)
+    return HuggingFaceBackbone(
+        model,
+        inputs,
+        facts=facts,
+        interpolate=interpolate,
+        source=source,
+        folder=folder,
+        architecture=architecture,
+        pooling=chosen,
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars, load reports and notices of transformers; errors still raise."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _guarded(folder: Path, load: Any, *args: Any, **options: Any) -> Any:
+    try:
+        return load(*args, **options)
+    except _LOADING_ERRORS as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise ModelError(
+            f"expected a model that transformers {transformers.__version__} can load in {folder}, found: {reason}; "
+            "check the folder or name another model"
+        ) from error
+
+
+def _load_encoder(folder: Path, config: Any, facts: Architecture, *, pooler: bool, dtype: torch.dtype) -> Any:
+    loader: Any = getattr(transformers, facts.loader)
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    if facts.loader == "AutoModel":
+        options["config"] = config
+        model_class = _guarded(folder, transformers.MODEL_MAPPING.__getitem__, type(config))
+        if not isinstance(model_class, tuple) and _accepts(model_class.__init__, "add_pooling_layer"):
+            options["add_pooling_layer"] = pooler
+    with torch.random.fork_rng(devices=[]):  # starting values of absent layers must not move the caller's randomness
+        model, info = _guarded(folder, loader.from_pretrained, folder, **options)
+    missing = sorted(name for name in info["missing_keys"] if pooler or not name.startswith("pooler."))
+    if missing:
+        raise ModelError(
+            f"expected all weights of {type(model).__name__} in {folder}, found {len(missing)} missing, first "
+            f"{missing[0]}; use another folder" + (" or another pooling" if pooler else "")
+        )
+    return model
+
+
+def _accepts(function: Any, name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _hidden_size(model: Any) -> int:
+    config = model.config
+    # Convolutional networks list one width for each stage.
+    width = getattr(config, "hidden_size", None) or getattr(config, "hidden_sizes", [None])[-1]
+    if not isinstance(width, int):
+        raise ModelError(f"expected hidden_size in the config of {type(model).__name__}, found none; use another model")
+    return width
+
+
+def _num_registers(model: Any) -> int:
+    return int(getattr(model.config, "num_register_tokens", 0) or 0)
+
+
+def _choose_pooling(folder: Path, facts: Architecture) -> str:
+    """Pooling of the architecture, unless a sentence encoder says how it was trained."""
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return facts.pooling
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"expected readable JSON in {path}, found {error}; repair it or choose pooling") from error
+    return "cls" if settings.get("pooling_mode_cls_token") else "mean"
+
+
+def _image_transform(folder: Path, config: Any, image_size: int | None, normalise: bool) -> ImageTransform:
+    native = getattr(config, "image_size", None)
+    native = native if isinstance(native, int) else None
+    if (folder / "preprocessor_config.json").is_file():
+        with quiet_transformers():
+            load = transformers.AutoImageProcessor.from_pretrained
+            processor = _guarded(folder, load, folder, local_files_only=True, trust_remote_code=False)
+        transform = ImageTransform.from_processor(processor, native)
+    else:
+        logger.info("no preprocessor_config.json in %s: pixels are scaled to [-1, 1]", folder)
+        transform = ImageTransform(size=native, mean=_HALF[0], std=_HALF[1])
+    if image_size is not None:
+        transform = transform.with_size(image_size)
+    return transform if normalise else transform.without_normalisation()
+
+
+def _needs_interpolation(model: Any, size: int | None, source: str) -> bool:
+    native = getattr(model.config, "image_size", None)
+    if not isinstance(native, int) or size in (None, native):
+        return False
+    if _accepts(model.forward, "interpolate_pos_encoding"):
+        return True
+    # Several architectures interpolate by themselves; the others must be refused before training starts.
+    with torch.no_grad():
+        parameter = next(model.parameters())
+        probe = torch.zeros(1, 3, size or native, size or native, dtype=parameter.dtype, device=parameter.device)
+        try:
+            model(pixel_values=probe)
+        except (ValueError, RuntimeError) as error:
+            raise OptionError(
+                f"expected image_size {native} for {source}, found {size}; leave image_size out"
+            ) from error
+    return False
+
+
+def _text_inputs(folder: Path, config: Any, facts: Architecture, max_length: int | None) -> TextInputs:
+    with quiet_transformers():
+        load = transformers.AutoTokenizer.from_pretrained
+        tokenizer = _guarded(folder, load, folder, local_files_only=True, trust_remote_code=False)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and facts.offset_positions:
+        limit -= int(config.pad_token_id or 0) + 1
+    if not isinstance(limit, int) or limit < 1:
+        limit = None
+    if max_length is not None and limit is not None and max_length > limit:
+        raise OptionError(f"expected max_length of at most {limit}, the positions of the model, found {max_length}")
+    return TextInputs(tokenizer, max_length or _usual_length(folder, tokenizer, limit))
+
+
+def _usual_length(folder: Path, tokenizer: Any, limit: int | None) -> int:
+    """Length a sentence encoder was trained with, else what tokenizer and positions allow."""
+    bounds = [_DEFAULT_MAX_LENGTH] if limit is None else [limit]
+    bounds.append(int(min(tokenizer.model_max_length, 1 << 20)))
+    path = folder / "sentence_bert_config.json"
+    if path.is_file():
+        try:
+            stated = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"expected readable JSON in {path}, found {error}; repair it") from error
+        bounds += [stated] if isinstance(stated, int) and stated > 2 else []
+    return min(bounds)

@@ -1,0 +1,79 @@
+"""Loading a backbone by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from everlora.backbones.base import Backbone
+from everlora.backbones.cifar_resnet import is_cifar_resnet, load_cifar_resnet
+from everlora.backbones.huggingface import load_huggingface
+from everlora.backbones.images import check_image_size
+from everlora.backbones.pooling import POOLINGS
+from everlora.backbones.source import resolve_source
+from everlora.errors import OptionError, UnsupportedError, nearest
+
+__all__ = ["load_backbone"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NORMALISATIONS = ("processor", "unit")
+
+
+def load_backbone(
+    source: str | Path,
+    *,
+    pooling: str = "auto",
+    normalize: str = "processor",
+    dtype: str = "float32",
+    max_length: int | None = None,
+    image_size: int | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """Load a pretrained network, frozen and in evaluation mode.
+
+    Args:
+        source: a local folder, a hub id, `"packaged"`, or `"package:<python package>/<folder>"`.
+        pooling: `"auto"` (by architecture), `"cls"`, `"mean"`, `"pooler"` or `"cls_mean"`.
+        normalize: `"processor"` for the normalisation the model was trained with, `"unit"` for pixels in [0, 1].
+        dtype: `"float32"` or `"bfloat16"`, of the weights; features are always float32.
+        max_length: texts only: longest row in tokens; by default what the model was trained with.
+        image_size: images only: side in pixels; by default what the model was trained with. Position embeddings
+            are interpolated where the model can.
+        trust_remote_code: must stay `False`: code that comes with weights is never run.
+
+    Returns:
+        The backbone; `default_targets`, `feature_dim`, `encode`, `collate`, `features` are the parts to use.
+
+    Raises:
+        ModelError: nothing is found under that name, or it cannot be loaded.
+        OptionError: an option is unknown or does not fit the model.
+        UnsupportedError: `trust_remote_code` is set.
+    """
+    if trust_remote_code:
+        raise UnsupportedError("code that comes with weights is not run; convert the model to a class of transformers")
+    if pooling != "auto" and pooling not in POOLINGS:
+        raise OptionError(f"unknown pooling {pooling!r}; {nearest(str(pooling), ('auto', *POOLINGS))}")
+    if normalize not in _NORMALISATIONS:
+        raise OptionError(f"unknown normalize {normalize!r}; {nearest(str(normalize), _NORMALISATIONS)}")
+    if dtype not in _DTYPES:
+        raise OptionError(f"unknown dtype {dtype!r}; {nearest(str(dtype), _DTYPES)}")
+    if image_size is not None:
+        check_image_size(image_size)
+    folder = resolve_source(source)
+    normalise = normalize == "processor"
+    if is_cifar_resnet(folder):
+        if (max_length, image_size) != (None, None) or pooling not in ("auto", "mean"):
+            raise OptionError(
+                f"a CIFAR residual network takes no max_length, image_size or pooling; drop them for {source}"
+            )
+        return load_cifar_resnet(folder, source=str(source), dtype=_DTYPES[dtype], normalise=normalise)
+    return load_huggingface(
+        folder,
+        source=str(source),
+        pooling=pooling,
+        normalise=normalise,
+        dtype=_DTYPES[dtype],
+        max_length=max_length,
+        image_size=image_size,
+    )

@@ -1,0 +1,109 @@
+"""`everlora init` and `everlora learn`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from everlora.cli import output
+from everlora.cli.parameters import AsJson, Debug, Folder, Settings, columns_from, parse_settings
+from everlora.cli.progress import StageProgress
+
+__all__ = ["init", "learn"]
+
+
+def init(
+    folder: Folder,
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="SOURCE",
+            help="Folder or hub id of the pretrained model, or 'packaged': the small vision transformer that comes "
+            "with everlora, the default for images.",
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="How it learns; 'everlora methods' lists them.")] = "inflora",
+    scenario: Annotated[
+        str,
+        typer.Option("--scenario", help="class_incremental, domain_incremental or task_incremental."),
+    ] = "class_incremental",
+    text_column: Annotated[str | None, typer.Option("--text-column", help="Column that holds the texts.")] = None,
+    image_column: Annotated[str | None, typer.Option("--image-column", help="Column that holds the images.")] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="Column that holds the labels.")] = None,
+    task_column: Annotated[
+        str | None, typer.Option("--task-column", help="Column that says which task or domain a row is of.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option("--pooling", help="How tokens become one vector: auto, cls, mean, pooler or cls_mean.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Number format of the model: float32, bfloat16.")] = None,
+    keep_validation: Annotated[
+        int | None,
+        typer.Option("--keep-validation", metavar="N", help="Keep N rows of each class back, for 'everlora eval'."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make a learner: a folder that holds a pretrained model's name, a method and its options."""
+    options = parse_settings(settings, pooling=pooling, dtype=dtype, keep_validation=keep_validation, seed=seed)
+    if model is not None:
+        options["model"] = model
+    columns = columns_from(text=text_column, image=image_column, label=label_column, task=task_column)
+    with StageProgress():
+        from everlora.learner import Learner
+
+        learner = Learner.create(folder, method=method, scenario=scenario, columns=columns, **options)
+        report = learner.status()
+    if as_json:
+        output.emit_json(report)
+        return
+    output.line(f"Made a learner in {folder}: {report['method']}, {report['scenario']}, model {report['model']}.")
+    output.line(f"Teach it with: everlora learn {folder} DATA")
+
+
+def learn(
+    folder: Folder,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="CSV, JSON Lines or Parquet file, folder of these or of images (one folder a class), or hub id.",
+        ),
+    ],
+    *,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the task; the data's name otherwise.")] = None,
+    validation: Annotated[
+        str | None, typer.Option("--validation", metavar="DATA", help="Labelled rows to measure on, never learnt from.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Teach a learner the next task, from data whose labels may be new, known or mixed."""
+    with StageProgress() as progress:
+        from everlora.learner import Learner
+
+        learner = Learner.open(folder)
+        result = learner.learn(data, name=name, validation=validation, progress=progress)
+    if as_json:
+        output.emit_json(result)
+        return
+    _print_task(result)
+
+
+def _print_task(result: Any) -> None:
+    output.line(
+        f"Task {result.index + 1} '{result.name}': learnt {result.num_examples} rows of {len(result.labels)} labels "
+        f"in {output.duration(result.seconds)} ({result.steps} steps)."
+    )
+    output.line(f"New labels ({len(result.new_labels)}): {output.listing(result.new_labels) or '-'}")
+    if result.known_labels:
+        output.line(f"Known labels ({len(result.known_labels)}): {output.listing(result.known_labels)}")
+    accuracies = result.metrics.get("per_task") or {}
+    if accuracies:
+        rows = [(str(task), output.percent(value)) for task, value in accuracies.items()]
+        output.table(("task", "accuracy %"), rows, title="On rows kept back")

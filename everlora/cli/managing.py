@@ -1,0 +1,95 @@
+"""`everlora status`, `everlora export` and `everlora rollback`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from everlora.cli import output
+from everlora.cli.parameters import AsJson, Debug, Folder
+from everlora.cli.progress import StageProgress
+
+__all__ = ["export", "rollback", "status"]
+
+
+def status(folder: Folder, *, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show what a learner has learnt, and what became of its older tasks."""
+    from everlora.status import read_status
+
+    report = read_status(folder)
+    if as_json:
+        output.emit_json(report)
+    else:
+        _print_status(folder, report)
+
+
+def _print_status(folder: Path, report: Mapping[str, Any]) -> None:
+    tasks = report["tasks"]
+    output.line(f"{folder}: {report['method']}, {report['scenario']}, model {report['model']}")
+    labels = report.get("labels", [])
+    output.line(f"{len(tasks)} tasks, {len(labels)} labels: {output.listing(labels) or '-'}")
+    if tasks:
+        output.table(_STATUS_COLUMNS, [_status_row(task) for task in tasks])
+
+
+_STATUS_COLUMNS = ("task", "name", "rows", "new labels", "known labels", "time", "when learnt %", "now %", "change")
+
+
+def _status_row(task: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        str(task["index"] + 1),
+        task["name"],
+        str(task["num_examples"]),
+        str(len(task["new_labels"])),
+        output.listing(task["known_labels"], most=4) or "-",
+        output.duration(task.get("seconds")),
+        output.percent(task.get("accuracy_when_learned")),
+        output.percent(task.get("accuracy_now")),
+        output.signed_percent(task.get("change")),
+    )
+
+
+def export(
+    folder: Folder,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new or empty.")],
+    *,
+    layout: Annotated[
+        str,
+        typer.Option("--format", help="merged: a plain transformers model; peft: an adapter folder for PEFT."),
+    ] = "merged",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write the learner as a model that other tools load."""
+    with StageProgress():
+        from everlora.learner import Learner
+
+        learner = Learner.open(folder, write=False)
+        written = learner.export(target, format=layout)
+    if as_json:
+        output.emit_json({"path": written, "format": layout})
+        return
+    output.line(f"Wrote the {layout} model to {written}; its README.md shows how to load it.")
+
+
+def rollback(
+    folder: Folder,
+    *,
+    to_task: Annotated[int, typer.Option("--to-task", metavar="N", min=0, help="Keep the first N tasks.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Go back to the learner as it was after its first N tasks; later ones move to the folder 'removed'."""
+    with StageProgress():
+        from everlora.learner import Learner
+
+        learner = Learner.open(folder)
+        learner.rollback(to_task=to_task)
+        report = learner.status()
+    if as_json:
+        output.emit_json(report)
+        return
+    output.line(f"{folder} holds {len(report['tasks'])} tasks again; what came later lies in {folder / 'removed'}.")

@@ -1,0 +1,71 @@
+"""Options that several verbs share, and the reading of `--set key=value`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["AsJson", "Debug", "Folder", "Settings", "columns_from", "parse_settings", "split_names"]
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The learner's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the library's log.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set an option; 'everlora methods NAME' lists them. Repeat for more."
+    ),
+]
+
+
+def _refuse_constant(word: str) -> Any:
+    raise ValueError(word)
+
+
+def _parse_value(word: str) -> Any:
+    """Read JSON where the word is JSON, else keep the word: `0.95`, `true`, `null` and `[1, 2]` need no quotes."""
+    try:
+        return json.loads(word, parse_constant=_refuse_constant)
+    except ValueError:
+        return word
+
+
+def parse_settings(settings: Iterable[str] | None, **named: Any) -> dict[str, Any]:
+    """Merge repeated `key=value` words with options that have a switch of their own.
+
+    Args:
+        settings: words of the form `key=value`; `-` and `_` in a key are the same.
+        **named: values of the switches; `None` means the switch was not given.
+
+    Returns:
+        The options that were given, by name. Whether they exist is for the library to say.
+
+    Raises:
+        typer.BadParameter: a word without `=`, or an option given twice.
+    """
+    options = {key: value for key, value in named.items() if value is not None}
+    for word in settings or ():
+        key, separator, value = word.partition("=")
+        key = key.strip().replace("-", "_")
+        if not separator or not key:
+            raise typer.BadParameter(f"expected KEY=VALUE, found '{word}'", param_hint="--set")
+        if key in options:
+            raise typer.BadParameter(f"the option '{key}' is given twice", param_hint="--set")
+        options[key] = _parse_value(value.strip())
+    return options
+
+
+def columns_from(**named: str | None) -> dict[str, str] | None:
+    """Return the columns that were named, or `None` when the library shall find them by type."""
+    return {key: value for key, value in named.items() if value is not None} or None
+
+
+def split_names(words: str | None) -> list[str] | None:
+    """Split `a,b , c` into its names; `None` stays `None`."""
+    if words is None:
+        return None
+    return [name.strip() for name in words.split(",") if name.strip()]

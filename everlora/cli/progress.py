@@ -1,0 +1,106 @@
+"""Progress on standard error: one bar per stage, shown only once the work has taken two seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["StageProgress"]
+
+_MOST_BARS = 6
+
+
+class StageProgress:
+    """Shows calls `progress(stage, done, total)` as bars, one per stage.
+
+    On a terminal the bars appear when the work has lasted `delay_seconds`, even if no call came until then (loading a
+    model makes none). Elsewhere, as in a log file, each finished stage becomes one line.
+
+    Args:
+        delay_seconds: how long the work may last before anything is shown.
+    """
+
+    def __init__(self, *, delay_seconds: float = 2.0) -> None:
+        self._console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            redirect_stdout=False,
+        )
+        self._delay_seconds = delay_seconds
+        self._begun = time.monotonic()
+        self._preparing: TaskID | None = self._bars.add_task("preparing", total=None)
+        self._stages: dict[str, TaskID] = {}
+        self._finished: set[str] = set()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._timer = threading.Timer(delay_seconds, self._show)
+        self._timer.daemon = True
+
+    def _show(self) -> None:
+        with self._lock:
+            if not self._is_closed and self._console.is_terminal:
+                self._bars.start()
+
+    def __enter__(self) -> StageProgress:
+        self._begun = time.monotonic()
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._is_closed = True
+            self._drop_preparing()
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Record that `done` of `total` steps of `stage` are behind us; `total = 0` means it is not known."""
+        with self._lock:
+            self._drop_preparing()
+            if stage not in self._stages:
+                self._forget_oldest()
+                self._stages[stage] = self._bars.add_task(stage, total=total or None)
+            self._bars.update(self._stages[stage], completed=done, total=total or None)
+            if total and done >= total:
+                self._finish(stage, total)
+            else:
+                self._finished.discard(stage)
+
+    def _drop_preparing(self) -> None:
+        if self._preparing is not None:
+            self._bars.remove_task(self._preparing)
+            self._preparing = None
+
+    def _forget_oldest(self) -> None:
+        if len(self._stages) < _MOST_BARS:
+            return
+        oldest = next((stage for stage in self._stages if stage in self._finished), None)
+        if oldest is not None:
+            self._bars.remove_task(self._stages.pop(oldest))
+
+    def _finish(self, stage: str, total: int) -> None:
+        if stage in self._finished:
+            return
+        self._finished.add(stage)
+        elapsed = time.monotonic() - self._begun
+        if not self._console.is_terminal and elapsed >= self._delay_seconds:
+            self._console.print(f"{stage}: {total}/{total} at {elapsed:.0f} s", soft_wrap=True)

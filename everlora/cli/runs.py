@@ -1,0 +1,106 @@
+"""`everlora run` and `everlora recipes`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from everlora.cli import output
+from everlora.cli.parameters import AsJson, Debug, Settings, parse_settings, split_names
+from everlora.cli.progress import StageProgress
+
+__all__ = ["recipes", "run"]
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a recipe file.")],
+    *,
+    methods: Annotated[
+        str | None, typer.Option("--methods", metavar="A,B", help="Methods to compare; the recipe's own otherwise.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", metavar="1,2", help="One run for each seed.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FOLDER", help="Where the data lies, instead of the hub.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="SOURCE", help="Another pretrained model.")] = None,
+    setting: Annotated[str, typer.Option("--setting", help="Which of the recipe's settings.")] = "standard",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the results go.")] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe: methods by seeds on a stream of tasks, measured after each, with a table and a report."""
+    options = parse_settings(settings)
+    numbers = _parse_seeds(seeds)
+    with StageProgress() as progress:
+        from everlora.experiments import run as run_recipe
+
+        results = run_recipe(
+            recipe,
+            methods=split_names(methods),
+            seeds=numbers,
+            data=data,
+            model=model,
+            setting=setting,
+            out=out,
+            options=options or None,
+            progress=progress,
+        )
+    if as_json:
+        output.emit_json(results)
+        return
+    from everlora.report.table import format_table, summarise
+
+    columns, rows = format_table(summarise(results))
+    output.table(columns, rows)
+    folder = Path(results["folder"])
+    output.line(f"Results: {folder / 'results.json'}")
+    output.line(f"Report: {folder / 'report.html'}")
+
+
+def _parse_seeds(words: str | None) -> list[int] | None:
+    names = split_names(words)
+    if names is None:
+        return None
+    try:
+        return [int(name) for name in names]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected whole numbers as in 1993,1994, found '{words}'", param_hint="--seeds"
+        ) from error
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A recipe, to read its page.", show_default=False)
+    ] = None,
+    *,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes, or print the page of one."""
+    from everlora.experiments import list_recipes, recipe_text
+
+    if name is not None:
+        text = recipe_text(name)
+        if as_json:
+            output.emit_json({"name": name, "text": text})
+        else:
+            output.line(text.rstrip())
+        return
+    entries = list_recipes()
+    if as_json:
+        output.emit_json(entries)
+        return
+    rows = [(entry.name, entry.title, entry.status, _times(entry.settings)) for entry in entries]
+    output.table(("recipe", "what it is", "status", "time of a row and seed"), rows)
+    output.line("'everlora recipes NAME' prints one; 'everlora run NAME' runs it.")
+
+
+def _times(settings: Mapping[str, float | None]) -> str:
+    """The minutes each setting takes, where somebody has measured them."""
+    known = [f"{name} {output.duration(60 * minutes)}" for name, minutes in settings.items() if minutes is not None]
+    return ", ".join(known) or "-"

@@ -1,0 +1,198 @@
+"""The files `everlora predict` reads and writes: a table whose rows keep their order and their other columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from everlora.errors import DataError, nearest
+from everlora.streams.files import read_path
+
+__all__ = ["InputTable", "check_output", "read_table", "write_table"]
+
+OUTPUT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+Ranked = Sequence[tuple[str, float]]
+"""Labels with their scores, best first."""
+
+
+@dataclass(frozen=True, eq=False)
+class InputTable:
+    """Rows as they stood in a file.
+
+    Attributes:
+        names: the columns, in the file's order.
+        rows: one mapping per row.
+        arrow: the same as an Arrow table where the file was one, so that its types survive.
+    """
+
+    names: tuple[str, ...]
+    rows: list[dict[str, Any]]
+    arrow: Any = None
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that could not be written later, before any work is done.
+
+    Raises:
+        DataError: another suffix than the four known ones, or the folder does not exist.
+    """
+    if path.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise DataError(f"{path}: cannot write a '{path.suffix}' file; {nearest(path.suffix, OUTPUT_SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"{path}: its folder does not exist; make it, or give another --output.")
+
+
+def read_table(path: Path) -> InputTable:
+    """Read every row and column of a data file, or list the images of a folder.
+
+    Args:
+        path: CSV, TSV, JSON, JSON Lines or Parquet file, or a folder of images.
+
+    Returns:
+        The rows in the file's order; cells of CSV and TSV stay the strings they are.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or it is a folder divided into splits.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist; check --input.")
+    source = read_path(path)
+    if source.is_divided:
+        raise DataError(f"{path} is divided into {', '.join(source.tables)}; give the one file or folder to label.")
+    if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+        return _read_delimited(path)
+    table = source.tables["train"]
+    names = tuple(table.columns)
+    lists = [column.to_list() for column in table.columns.values()]
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*lists, strict=True)]
+    is_parquet = path.is_file() and path.suffix.lower() == ".parquet"
+    return InputTable(names, rows, pyarrow.parquet.read_table(path, partitioning=None) if is_parquet else None)
+
+
+def _read_delimited(path: Path) -> InputTable:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=_delimiter(path))
+        return InputTable(tuple(reader.fieldnames or ()), list(reader))
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def write_table(path: Path, table: InputTable, answers: Sequence[Ranked]) -> list[str]:
+    """Write the rows with their labels and scores added, all at once: a reader never sees half a file.
+
+    Args:
+        path: the file; its suffix decides the format. An older one is replaced.
+        table: the rows.
+        answers: for each row its labels with scores, best first; all of one length, at least 1.
+
+    Returns:
+        The names of the added columns: `label` and `score`, then `label_2`, `score_2` and so on; with `predicted_`
+        before them where the file has one of these names already.
+
+    Raises:
+        DataError: the rows cannot be written in this format.
+    """
+    columns = _added_columns(table.names, answers)
+    writers: dict[str, Callable[[Any], None]] = {
+        ".parquet": lambda file: _write_parquet(file, table, columns),
+        ".jsonl": lambda file: _write_json_lines(file, table, columns),
+        ".csv": lambda file: _write_delimited(file, table, columns, ","),
+        ".tsv": lambda file: _write_delimited(file, table, columns, "\t"),
+    }
+    suffix = path.suffix.lower()
+    _replace_file(path, writers[suffix], is_binary=suffix == ".parquet")
+    return list(columns)
+
+
+def _added_columns(taken: Sequence[str], answers: Sequence[Ranked]) -> dict[str, list[Any]]:
+    depth = max((len(ranked) for ranked in answers), default=1)
+    columns: dict[str, list[Any]] = {}
+    for rank in range(depth):
+        ending = f"_{rank + 1}" if rank else ""
+        columns[f"label{ending}"] = [ranked[rank][0] for ranked in answers]
+        columns[f"score{ending}"] = [ranked[rank][1] for ranked in answers]
+    # The file's own labels may be the truth that somebody compares with: they are never overwritten.
+    prefix = ""
+    while any(prefix + name in taken for name in columns):
+        prefix += "predicted_"
+    return {prefix + name: values for name, values in columns.items()}
+
+
+def _replace_file(path: Path, write: Callable[[Any], None], *, is_binary: bool) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    try:
+        with _open(descriptor, is_binary=is_binary) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, _usual_mode())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _open(descriptor: int, *, is_binary: bool) -> IO[Any]:
+    if is_binary:
+        return os.fdopen(descriptor, "wb")
+    return os.fdopen(descriptor, "w", encoding="utf-8", newline="")
+
+
+def _usual_mode() -> int:
+    """Permissions a new file gets by the user's mask; temporary files are made readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _merged(table: InputTable, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    added = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [row | extra for row, extra in zip(table.rows, added, strict=True)]
+
+
+def _write_parquet(file: IO[bytes], table: InputTable, columns: dict[str, list[Any]]) -> None:
+    try:
+        arrow = table.arrow if table.arrow is not None else pa.Table.from_pylist([_as_text(row) for row in table.rows])
+    except pa.ArrowException as error:
+        raise DataError(f"the rows do not fit a Parquet file ({error}); write .jsonl instead.") from error
+    for name, values in columns.items():
+        arrow = arrow.append_column(name, pa.array(values))
+    pyarrow.parquet.write_table(arrow, file)
+
+
+def _write_json_lines(file: IO[str], table: InputTable, columns: dict[str, list[Any]]) -> None:
+    for row in _merged(table, columns):
+        file.write(json.dumps(_as_text(row), ensure_ascii=False, default=str) + "\n")
+
+
+def _write_delimited(file: IO[str], table: InputTable, columns: dict[str, list[Any]], delimiter: str) -> None:
+    writer = csv.DictWriter(
+        file, [*table.names, *columns], delimiter=delimiter, lineterminator="\n", extrasaction="ignore"
+    )
+    writer.writeheader()
+    writer.writerows(_as_text(row) for row in _merged(table, columns))
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, Any]:
+    """Paths become strings, and an image stored in the table becomes the name it was stored under."""
+    return {name: _cell(value) for name, value in row.items()}
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict) and "bytes" in value:
+        return value.get("path")
+    return None if isinstance(value, bytes) else value

@@ -1,0 +1,117 @@
+"""`everlora predict` and `everlora eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from everlora.cli import output
+from everlora.cli.parameters import AsJson, Debug, Folder
+from everlora.cli.progress import StageProgress
+
+__all__ = ["evaluate", "predict"]
+
+
+def predict(
+    folder: Folder,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT or IMAGE FILE]...", help="What to label.", show_default=False)
+    ] = None,
+    *,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="CSV, TSV, JSON Lines or Parquet file, or folder of images."),
+    ] = None,
+    output_file: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Where to write the rows with their labels and scores added."),
+    ] = None,
+    text_column: Annotated[str | None, typer.Option("--text-column", help="Column of FILE with the texts.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", help="Column of FILE with the images' paths.")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Name of the task the inputs belong to, if known.")] = None,
+    top: Annotated[int, typer.Option("--top", metavar="K", min=1, help="How many labels to give for each input.")] = 1,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Label texts or image files, given as words or in a file."""
+    if bool(inputs) == (input_file is not None):
+        raise typer.BadParameter("give either texts or image files, or --input FILE", param_hint="predict")
+    if output_file is not None and input_file is None:
+        raise typer.BadParameter("--output goes with --input FILE", param_hint="--output")
+    from everlora.cli import tables
+
+    if output_file is not None:
+        tables.check_suffix(output_file)
+    rows = tables.read_rows(input_file) if input_file is not None else tables.Rows.of_words(inputs or [])
+    with StageProgress():
+        from everlora.learner import Learner
+
+        learner = Learner.open(folder, write=False)
+        given = tables.inputs_of(rows, learner, text=text_column, image=image_column)
+        answers = learner.predict(given, task=task)
+    best = [_best(answer.scores, top) for answer in answers]
+    if output_file is not None:
+        names = tables.write_rows(output_file, rows, best)
+        _report_file(output_file, len(best), names, as_json=as_json)
+    elif as_json:
+        output.emit_json([_as_mapping(text, ranked) for text, ranked in zip(rows.titles(given), best, strict=True)])
+    else:
+        _print_answers(rows.titles(given), best)
+
+
+def _best(scores: dict[str, float], top: int) -> list[tuple[str, float]]:
+    return sorted(scores.items(), key=lambda item: -item[1])[:top]
+
+
+def _as_mapping(text: str, ranked: list[tuple[str, float]]) -> dict[str, Any]:
+    return {
+        "input": text,
+        "label": ranked[0][0],
+        "score": ranked[0][1],
+        "top": [{"label": label, "score": score} for label, score in ranked],
+    }
+
+
+def _report_file(path: Path, num_rows: int, names: list[str], *, as_json: bool) -> None:
+    if as_json:
+        output.emit_json({"output": str(path), "num_rows": num_rows, "columns": names})
+    else:
+        output.line(f"Wrote {num_rows} rows to {path}, with the columns {' and '.join(names)} added.")
+
+
+def _print_answers(texts: list[str], best: list[list[tuple[str, float]]]) -> None:
+    rows = [
+        (text if rank == 0 else "", label, f"{score:.4f}")
+        for text, ranked in zip(texts, best, strict=True)
+        for rank, (label, score) in enumerate(ranked)
+    ]
+    output.table(("input", "label", "score"), rows)
+
+
+def evaluate(
+    folder: Folder,
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA]", help="Labelled data; the rows kept back when not given.", show_default=False),
+    ] = None,
+    *,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a learner on labelled data, or on the rows it kept back."""
+    with StageProgress():
+        from everlora.learner import Learner
+
+        learner = Learner.open(folder, write=False)
+        result = learner.evaluate(data)
+    if as_json:
+        output.emit_json(result)
+        return
+    output.line(f"Accuracy {output.percent(result.accuracy)} %")
+    rows = [(str(task), output.percent(value)) for task, value in result.per_task.items()]
+    if rows:
+        output.table(("task", "accuracy %"), rows)

@@ -1,0 +1,120 @@
+"""Counting correct predictions, and turning scores into predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from everlora.errors import DataError
+from everlora.methods.base import Batch, Method
+from everlora.results import Counts, Evaluation, Prediction
+from everlora.streams import Examples
+from everlora.training import TaskData, TaskTrainer
+
+__all__ = ["Evaluator"]
+
+_FIXED_FEATURES: WeakKeyDictionary[Method, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+class Evaluator:
+    """Predicts with a method as it is now.
+
+    Args:
+        trainer: the pipeline of the method (rows to batches to features).
+        classes: label names by class index.
+    """
+
+    def __init__(self, trainer: TaskTrainer, classes: Sequence[str]) -> None:
+        self.trainer = trainer
+        self.classes = list(classes)
+        self.numbers = {label: number for number, label in enumerate(classes)}
+
+    def logits(self, data: TaskData, rows_key: str | None, task: int | None) -> Tensor:
+        """Scores of all classes for all rows, `(n, classes)` float32 on the CPU."""
+        features = self._features(data, rows_key)
+        method = self.trainer.method
+        parts = []
+        with torch.no_grad():
+            for part in features.split(4096):
+                labels = torch.zeros(len(part), dtype=torch.long, device=part.device)
+                parts.append(method.logits(Batch({}, labels, part), task).float().cpu())
+        return torch.cat(parts)
+
+    def count(
+        self, examples: Examples, labels: Sequence[str], tasks: Sequence[Sequence[str]], *, task: int | None = None
+    ) -> Counts:
+        """Count correct rows of one task's examples.
+
+        Args:
+            examples: labelled rows.
+            labels: all labels of the task they belong to.
+            tasks: labels of every learned task.
+            task: given identity of the task, for task-incremental prediction.
+
+        Raises:
+            DataError: an unknown label.
+        """
+        data = TaskData.of(self.trainer.backbone, examples, self.numbers)
+        logits = self.logits(data, examples.fingerprint, task)
+        predicted = logits.argmax(dim=1)
+        own = torch.zeros(len(self.classes), dtype=torch.bool)
+        own[[self.numbers[label] for label in labels]] = True
+        restricted = logits.masked_fill(~own, -torch.inf).argmax(dim=1)
+        repeated = len({label for group in tasks for label in group}) < sum(len(group) for group in tasks)
+        return Counts(
+            correct=int((predicted == data.labels).sum()),
+            size=len(data),
+            task_aware=None if repeated else int((restricted == data.labels).sum()),
+            task_correct=None if repeated else int(own[predicted].sum()),
+        )
+
+    def evaluate(self, examples: Examples, names: Sequence[str], tasks: Sequence[Sequence[str]]) -> Evaluation:
+        """Accuracy on labelled rows, split by the task that taught each label first."""
+        if examples.labels is None:
+            raise DataError("the rows carry no labels; name the label column.")
+        first: dict[str, int] = {}
+        for index, labels in enumerate(tasks):
+            for label in labels:
+                first.setdefault(label, index)
+        unknown = sorted(set(examples.classes) - set(first))
+        if unknown:
+            raise DataError(
+                f"label '{unknown[0]}' ({len(unknown)} in all) was never learned; known: {', '.join(list(first)[:8])}"
+            )
+        counts = {}
+        owners = [first[str(label)] for label in examples.labels]
+        for index in sorted(set(owners)):
+            rows = examples.select([i for i, owner in enumerate(owners) if owner == index])
+            counts[names[index]] = self.count(rows, tasks[index], tasks)
+        return self.summary(counts)
+
+    def predict(self, examples: Examples, task: int | None) -> list[Prediction]:
+        """Classify rows; only the classes that compete are among the scores, best first."""
+        encoded = self.trainer.backbone.encode(examples.inputs, examples.ids)
+        none = torch.zeros(len(examples), dtype=torch.long)
+        data = TaskData(encoded, none, torch.as_tensor(examples.ids))
+        probabilities = self.logits(data, None, task).softmax(dim=1)
+        predictions = []
+        for row in probabilities:
+            order = row.argsort(descending=True, stable=True).tolist()
+            scores = {self.classes[c]: float(row[c]) for c in order if row[c] > 0}
+            predictions.append(Prediction(self.classes[order[0]], float(row[order[0]]), scores))
+        return predictions
+
+    @staticmethod
+    def summary(counts: Mapping[str, Counts]) -> Evaluation:
+        """Put counts of several tasks together."""
+        correct = sum(entry.correct for entry in counts.values())
+        size = sum(entry.size for entry in counts.values())
+        return Evaluation(correct / size, {name: entry.accuracy for name, entry in counts.items()}, dict(counts))
+
+    def _features(self, data: TaskData, rows_key: str | None) -> Tensor:
+        if not self.trainer.method.fixed_features or rows_key is None:
+            return self.trainer.features(data, "predict")
+        kept = _FIXED_FEATURES.setdefault(self.trainer.method, {})
+        if rows_key not in kept:
+            kept[rows_key] = self.trainer.features(data, "predict")
+        return kept[rows_key]

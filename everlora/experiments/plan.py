@@ -1,0 +1,256 @@
+"""A plan: which rows with which seeds, on what, with which options; the same for every process that works on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from everlora.backbones import resolve_source
+from everlora.errors import ModelError, OptionError, nearest
+from everlora.experiments.data import Progress, Source, Splits, build_stream, read_splits
+from everlora.experiments.recipe import parse_recipe, stream_of
+from everlora.experiments.schema import MethodRow, Recipe, Setting
+from everlora.methods import list_methods, method_spec
+from everlora.settings import Settings
+from everlora.streams import Stream
+
+__all__ = ["Plan", "Streams", "identity", "make_plan", "method_row", "row_options"]
+
+Given = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the numbers, but for the data itself.
+
+    Attributes:
+        text: the recipe as written.
+        file: its name, for messages.
+        setting_name: which setting.
+        rows: the rows to run, in order.
+        seeds: the seeds to run, in order.
+        model: the base model that was found.
+        data: data given instead of the recipe's.
+        options: options given for every row.
+    """
+
+    text: str
+    file: str
+    setting_name: str
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...]
+    model: str
+    data: Any = None
+    options: Given = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, read again from its text."""
+        return parse_recipe(self.text, file=self.file)
+
+    @property
+    def setting(self) -> Setting:
+        """The chosen setting."""
+        return self.recipe.settings[self.setting_name]
+
+    @property
+    def jobs(self) -> list[tuple[str, int]]:
+        """Pairs of row and seed; one seed's rows stand together, so that they share its stream."""
+        return [(row, seed) for seed in self.seeds for row in self.rows]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain values; data in memory is left out."""
+        data = str(self.data) if isinstance(self.data, str | Path) else None
+        return {
+            "file": self.file,
+            "text": self.text,
+            "setting": self.setting_name,
+            "rows": list(self.rows),
+            "seeds": list(self.seeds),
+            "model": self.model,
+            "data": data,
+            "options": dict(self.options),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+        """Read what `to_json` returned."""
+        return cls(
+            text=values["text"],
+            file=values["file"],
+            setting_name=values["setting"],
+            rows=tuple(values["rows"]),
+            seeds=tuple(values["seeds"]),
+            model=values["model"],
+            data=values["data"],
+            options=values["options"],
+        )
+
+
+class Streams:
+    """The streams of a plan by seed. The data is read once, and the newest stream is kept."""
+
+    def __init__(self, plan: Plan, progress: Progress | None = None) -> None:
+        self._plan, self._progress = plan, progress
+        self._recipe, self._setting = plan.recipe, plan.setting
+        self._parts: list[tuple[str, Splits]] | None = None
+        self._sources: list[Source] = []
+        self._newest: tuple[int, Stream] | None = None
+
+    def __call__(self, seed: int) -> Stream:
+        """Return the stream of one seed."""
+        if self._newest is None or self._newest[0] != seed:
+            stream = stream_of(self._recipe, self._setting)
+            made = build_stream(self._recipe, self._setting, stream, self._read(), seed=seed)
+            self._newest = (seed, made)
+        return self._newest[1]
+
+    @property
+    def source(self) -> str:
+        """Where the data was read from, as one line."""
+        self._read()
+        return ", ".join(source.text for source in self._sources)
+
+    def _read(self) -> list[tuple[str, Splits]]:
+        if self._parts is None:
+            recipe, given = self._recipe, self._plan.data
+            specs = recipe.data.sets or (recipe.data,)
+            if len(specs) > 1 and given is not None:
+                raise OptionError(f"Recipe '{recipe.name}' reads {len(specs)} data sets, so --data cannot replace them.")
+            parts = []
+            for spec in specs:
+                splits, source = read_splits(spec, given, recipe=recipe.name, progress=self._progress)
+                parts.append((spec.name or recipe.name, splits))
+                self._sources.append(source)
+            self._parts = parts
+        return self._parts
+
+
+def make_plan(
+    text: str,
+    *,
+    file: str,
+    setting: str = "standard",
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    model: str | Path | None = None,
+    data: Any = None,
+    options: Given | None = None,
+) -> Plan:
+    """Check the choices against the recipe and find its base model.
+
+    Args:
+        text: the recipe as written.
+        file: its name, for messages.
+        setting: one of its settings.
+        methods: rows to run; a registered method that the recipe has no row for runs with its defaults. `None` takes
+            the recipe's default rows, baselines included; given names run exactly as given.
+        seeds: seeds to run; `None` takes the recipe's.
+        model: base model instead of the recipe's candidates.
+        data: data instead of the recipe's.
+        options: options for every row whose method knows them.
+
+    Returns:
+        The plan.
+
+    Raises:
+        OptionError: a setting, row, seed or option is not known.
+        ModelError: none of the base models can be found.
+    """
+    recipe = parse_recipe(text, file=file)
+    if setting not in recipe.settings:
+        raise OptionError(f"Recipe '{recipe.name}' has no setting '{setting}'; {nearest(setting, recipe.settings)}")
+    chosen = recipe.settings[setting]
+    default_rows = chosen.methods or recipe.default_methods
+    rows = tuple(dict.fromkeys(_row_name(recipe, name) for name in (default_rows if methods is None else methods)))
+    wanted_seeds = tuple(dict.fromkeys(recipe.seeds if seeds is None else seeds))
+    if not rows or not wanted_seeds:
+        raise OptionError(f"Recipe '{recipe.name}' was given no methods or no seeds; name at least one of each.")
+    plan = Plan(text, file, setting, rows, wanted_seeds, "", data, dict(options or {}))
+    _check_options(plan, recipe)
+    found = str(model) if model is not None else _first_model(recipe)
+    return Plan(text, file, setting, rows, wanted_seeds, found, data, plan.options)
+
+
+def method_row(recipe: Recipe, row: str) -> MethodRow:
+    """Return the recipe's row of that name, or a plain one for a registered method it does not mention."""
+    return recipe.methods.get(row) or MethodRow(method=row)
+
+
+def row_options(plan: Plan, row: str, seed: int, num_tasks: int) -> dict[str, Any]:
+    """Return the options a row's learner is made with.
+
+    Later sources win: recipe, setting, row, the caller's. An option that belongs to methods reaches only the rows whose
+    method has it; the number of tasks goes to every method that asks for it.
+
+    Args:
+        plan: the plan.
+        row: name of the row.
+        seed: the run's seed, from which all its randomness follows.
+        num_tasks: tasks of the stream.
+    """
+    recipe, setting = plan.recipe, plan.setting
+    spec = method_row(recipe, row)
+    known = set(method_spec(spec.method).option_names)
+    options: dict[str, Any] = {**recipe.backbone, **recipe.training, **setting.training}
+    options |= _suitable(setting.set, known) | spec.set | _suitable(plan.options, known)
+    if "total_tasks" in known:
+        options.setdefault("total_tasks", num_tasks)
+    options.setdefault("seed", seed)
+    return options
+
+
+def identity(values: Mapping[str, Any]) -> str:
+    """Return the sha256, in hex, of plain values in canonical JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _row_name(recipe: Recipe, name: str) -> str:
+    """Find a row by name, `-` and `_` alike; any registered method is a row with its defaults."""
+    wanted = name.strip().lower().replace("-", "_")
+    if wanted in recipe.methods:
+        return wanted
+    names = {alias: entry.name for entry in list_methods() for alias in (entry.name, *entry.aliases)}
+    if wanted not in names:
+        known = nearest(wanted, {*recipe.methods, *names})
+        raise OptionError(f"Recipe '{recipe.name}' has no row '{name}', and no method is called so; {known}")
+    return names[wanted]
+
+
+def _first_model(recipe: Recipe) -> str:
+    reasons = []
+    for candidate in recipe.model:
+        try:
+            resolve_source(candidate)
+        except ModelError as error:
+            reasons.append(f"{candidate} ({str(error).rstrip('.')})")
+        else:
+            return candidate
+    raise ModelError(f"No base model of recipe '{recipe.name}' is here: {'; '.join(reasons)}; give one with --model.")
+
+
+def _method_options() -> dict[str, set[str]]:
+    return {entry.name: set(method_spec(entry.name).option_names) for entry in list_methods()}
+
+
+def _suitable(options: Given, known: set[str]) -> dict[str, Any]:
+    """Leave out options that belong to methods, but not to this one; the rest are training or backbone options."""
+    foreign = set().union(*_method_options().values()) - known
+    return {key: value for key, value in options.items() if key not in foreign}
+
+
+def _check_options(plan: Plan, recipe: Recipe) -> None:
+    """Refuse wrong options before anything runs, also those that would be dropped because no chosen row has them."""
+    by_method = _method_options()
+    chosen = set().union(*(method_spec(method_row(recipe, row).method).option_names for row in plan.rows))
+    for key in plan.options:
+        owners = sorted(name for name, names in by_method.items() if key in names)
+        if owners and key not in chosen:
+            raise OptionError(f"No row of this run has the option '{key}'; it belongs to {', '.join(owners)}.")
+    for row in plan.rows:
+        # Any number of tasks does here: how many there are is only known once the data is read.
+        Settings.of(method_row(recipe, row).method, row_options(plan, row, plan.seeds[0], num_tasks=1))

@@ -1,0 +1,178 @@
+"""`run`: rows times seeds of a recipe, into one folder with results and a report."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everlora import __version__
+from everlora.errors import OptionError, UnsupportedError
+from everlora.experiments.data import Progress
+from everlora.experiments.execution import execute
+from everlora.experiments.plan import Plan, Streams, make_plan
+from everlora.experiments.pool import run_jobs
+from everlora.experiments.recipe import recipe_text
+from everlora.experiments.records import read_json, write_json
+from everlora.experiments.schema import PublishedFigure
+from everlora.report import write_report
+
+__all__ = ["run"]
+
+FORMAT = 1
+_LIBRARIES = ("torch", "transformers", "datasets", "numpy")
+# Rows and seeds may be added to a folder later; these must stay as they are.
+_FIXED = ("text", "setting", "model", "data", "options")
+_COPIED = ("method", "label", "seed", "correct", "task_aware", "task_correct", "sizes", "cost", "panels")
+
+
+def run(
+    recipe: str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    data: Any = None,
+    model: str | Path | None = None,
+    setting: str = "standard",
+    out: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Run a recipe: every method with every seed, measured after each task.
+
+    Rows already complete in `out` are not run again, and a row that was interrupted goes on after its last task; so
+    the same call resumes, and a call with more methods or seeds adds to the folder.
+
+    Args:
+        recipe: name of a packaged recipe, or path of a YAML file.
+        methods: rows to run, exactly these; a registered method without a row in the recipe runs with its defaults.
+            `None` takes the recipe's default rows, which include the baselines that a table needs.
+        seeds: one run for each; `None` takes the recipe's.
+        data: folder or file that replaces the recipe's data, or splits in memory (a mapping of `Examples`).
+        model: base model that replaces the recipe's.
+        setting: which of the recipe's settings.
+        out: folder for results; `None` makes `runs/<recipe>-<time>`.
+        options: method, training and backbone options that win over the recipe's. A method option reaches the rows
+            whose method has it.
+        progress: called as `progress(stage, done, total)`.
+        workers: processes, of one thread each, that share rows and seeds. The numbers equal those of one process
+            with one thread.
+
+    Returns:
+        The content of `results.json`, and `folder`, where it lies.
+
+    Raises:
+        OptionError: an unknown recipe, setting, row or option, or a folder with results of another configuration.
+        DataError: the data cannot be found or does not fit the recipe.
+        ModelError: no base model can be found.
+        UnsupportedError: several workers with data in memory.
+    """
+    if workers < 1:
+        raise OptionError(f"workers is {workers}; give 1 or more.")
+    if workers > 1 and data is not None and not isinstance(data, str | Path):
+        raise UnsupportedError("Data in memory cannot be handed to other processes; give a folder, or use one worker.")
+    text = recipe_text(recipe)
+    plan = make_plan(
+        text,
+        file=Path(recipe).name,
+        setting=setting,
+        methods=methods,
+        seeds=seeds,
+        model=model,
+        data=data,
+        options=options,
+    )
+    folder = _open_folder(plan, Path(out) if out is not None else None)
+    report = progress or _silent
+    streams = Streams(plan, report)
+    streams(plan.seeds[0])  # data that is missing or wrong is reported here, before any process starts
+    if workers == 1:
+        for row, seed in plan.jobs:
+            execute(plan, row, seed, streams=streams, out=folder, progress=report)
+    else:
+        run_jobs(folder / "plan.json", plan.jobs, workers=workers, progress=report)
+    results = _results(plan, folder, streams.source, threads=torch.get_num_threads() if workers == 1 else 1)
+    write_json(folder / "results.json", results)
+    write_report(results, folder / "report.html")
+    return results | {"folder": str(folder)}
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress for nobody."""
+
+
+def _open_folder(plan: Plan, out: Path | None) -> Path:
+    """Make the folder and put the plan into it, or check that the plan there is the same experiment."""
+    if out is None:
+        moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        out = Path("runs") / f"{plan.recipe.name}-{moment}"
+    file = out / "plan.json"
+    values = plan.to_json()
+    if file.exists():
+        before = read_json(file)
+        changed = [name for name in _FIXED if before.get(name) != values[name]]
+        if changed:
+            words = {"text": "recipe text"}
+            raise OptionError(
+                f"{out} holds results with another {words.get(changed[0], changed[0])}; choose another folder with --out."
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"{out} is not empty and holds no results of a run; choose another folder with --out.")
+    write_json(file, values)
+    return out
+
+
+def _finished(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """All finished records in the folder, also of earlier calls: rows in the recipe's order, seeds ascending."""
+    records = [read_json(path) for path in sorted(folder.glob("*/run.json"))]
+    order = {row: index for index, row in enumerate(plan.recipe.methods)}
+    done = [record for record in records if record["rows_done"] == record["num_tasks"]]
+    return sorted(done, key=lambda record: (order.get(record["method"], len(order)), record["method"], record["seed"]))
+
+
+def _results(plan: Plan, folder: Path, source: str, *, threads: int) -> dict[str, Any]:
+    recipe, setting = plan.recipe, plan.setting
+    records = _finished(plan, folder)
+    seeds = sorted({int(record["seed"]) for record in records})
+    streams = {record["seed"]: record["stream"] for record in records}
+    stream = streams[seeds[0]]
+    same_order = len({one["order_hash"] for one in streams.values()}) == 1
+    settings = {"setting": plan.setting_name, **setting.model_dump(mode="json", exclude_defaults=True)}
+    return {
+        "format": FORMAT,
+        "recipe": {"name": recipe.name, "title": recipe.title, "status": recipe.status, "text": plan.text},
+        "stream": {**stream, "order_seed": stream["order_seed"] if same_order else "the run's seed"},
+        "streams": {str(seed): streams[seed] for seed in seeds},
+        "data": source,
+        "model": plan.model if not Path(plan.model).is_dir() else Path(plan.model).name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"everlora": __version__, "python": platform.python_version(), **_library_versions()},
+        "device": _device(),
+        "threads": threads,
+        "seeds": seeds,
+        "settings": settings | {"options": dict(plan.options)},
+        "runs": [{name: record[name] for name in (*_COPIED, "options")} for record in records],
+        "published": [_published(figure) for figure in recipe.published if figure.setting == plan.setting_name],
+        "notes": recipe.notes,
+    }
+
+
+def _published(figure: PublishedFigure) -> dict[str, Any]:
+    """A published figure in percent, as its source prints it, with its deviations in the note too."""
+    values = figure.model_dump(mode="json")
+    deviations = [f"{name} ± {values[f'{name}_sd']}" for name in ("last", "avg") if values[f"{name}_sd"] is not None]
+    return values | {"note": "; ".join([*deviations, *([figure.note] if figure.note else [])]) or None}
+
+
+def _library_versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _LIBRARIES}
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"

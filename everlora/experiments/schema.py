@@ -1,0 +1,205 @@
+"""What a recipe file may say: frozen pydantic models, free of torch.
+
+Percentages stand in `published` only, because there they are quoted as their source printed them; everything else is a
+fraction, a count or a name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+__all__ = [
+    "DataSpec",
+    "MethodRow",
+    "OptionValue",
+    "PublishedFigure",
+    "Recipe",
+    "Setting",
+    "StreamSpec",
+    "Subsample",
+    "ValidationSpec",
+]
+
+OptionValue = bool | int | float | str | list[bool | int | float | str] | None
+Options = dict[str, OptionValue]
+Percent = float
+
+
+class _Part(BaseModel):
+    """Base of all parts: nothing can be changed after reading, and nothing unknown is let through."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSpec(_Part):
+    """Where the examples come from.
+
+    Attributes:
+        hub: id of the data set on the Hugging Face hub.
+        config: configuration of the hub data set.
+        columns: column names in the hub data set (`text`, `image`, `label`, `task`); found by type when left out.
+        shared: folder below `$EVERLORA_SHARED/data` that holds a local copy.
+        shared_columns: column names in that copy, when they differ from the hub's.
+        builtin: a data set that needs no file, such as `sklearn:digits`; nothing else is then looked at.
+        image_size: side in pixels to which images of unequal sizes are brought while decoding.
+        split: name of the only split of the hub data set, where it has no training split.
+        drop_labels: class names that take no part.
+        test_fraction: share of each class held out as test set, for sources that come without one.
+        split_seed: seed of that hold-out.
+        sets: the data sets in order, for `stream.by: datasets`; each needs a `name`.
+        name: name of the data set within `sets`; becomes the task's name.
+    """
+
+    hub: str | None = None
+    config: str | None = None
+    columns: dict[Literal["text", "image", "label", "task"], str] | None = None
+    shared: str | None = None
+    shared_columns: dict[Literal["text", "image", "label", "task"], str] | None = None
+    builtin: str | None = None
+    image_size: PositiveInt | None = None
+    split: str | None = None
+    drop_labels: tuple[str, ...] = ()
+    test_fraction: float | None = Field(default=None, gt=0, lt=1)
+    split_seed: int = 0
+    sets: tuple[DataSpec, ...] = ()
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> DataSpec:
+        if not (self.hub or self.shared or self.builtin or self.sets):
+            raise ValueError("names no source; give one of hub, shared, builtin or sets")
+        if any(part.name is None for part in self.sets):
+            raise ValueError("has an entry without a name under sets; give each data set a name")
+        return self
+
+
+class StreamSpec(_Part):
+    """How the examples become tasks.
+
+    Attributes:
+        by: `class` (groups of classes), `column` (one task per value of the task column) or `datasets`.
+        initial: classes in the first task; `None` takes `increment`.
+        increment: classes in each later task.
+        scenario: what is known at test time.
+        order: `seed` (the run's seed orders the classes), `natural` (the source's own order) or a fixed seed.
+        task_order: values of the task column in the order wanted, for `by: column`.
+    """
+
+    by: Literal["class", "column", "datasets"] = "class"
+    initial: PositiveInt | None = None
+    increment: PositiveInt | None = None
+    scenario: Literal["class_incremental", "domain_incremental", "task_incremental", "language"] = "class_incremental"
+    order: Literal["seed", "natural"] | int = "seed"
+    task_order: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _classes_have_an_increment(self) -> StreamSpec:
+        if self.by == "class" and self.increment is None:
+            raise ValueError("splits by class without increment; give the number of classes of each later task")
+        return self
+
+
+class MethodRow(_Part):
+    """One row of the table: a registered method with its options and, if they differ, training options."""
+
+    method: str
+    label: str | None = None
+    set: Options = {}
+
+
+class Subsample(_Part):
+    """At most this many examples of each class; `None` takes all."""
+
+    train: PositiveInt | None = None
+    test: PositiveInt | None = None
+    seed: int = 0
+
+
+class ValidationSpec(_Part):
+    """How `evaluate_on: validation` gets its examples.
+
+    The source's own validation split where it has one, else this share of each class's training examples.
+    """
+
+    fraction: float = Field(default=0.1, gt=0, lt=1)
+    seed: int = 0
+
+
+class Setting(_Part):
+    """A size of the experiment: what is cut down or changed, and how long it then takes.
+
+    Attributes:
+        description: one line for the listing.
+        minutes: about how long one row with one seed takes on the hardware the recipe's header names.
+        subsample: how many examples of each class are used.
+        stream: fields of the recipe's `stream` that differ.
+        training: training options that differ.
+        set: method options that differ, given to every row whose method knows them.
+        evaluate_on: `validation` leaves the test sets alone altogether.
+        methods: rows run by default in this setting; `None` takes the recipe's `default_methods`.
+    """
+
+    description: str | None = None
+    minutes: PositiveFloat | None = None
+    subsample: Subsample = Subsample()
+    stream: dict[str, OptionValue] = {}
+    training: Options = {}
+    set: Options = {}
+    evaluate_on: Literal["test", "validation"] = "test"
+    methods: tuple[str, ...] | None = None
+
+
+class PublishedFigure(_Part):
+    """A number somebody else printed, in percent, with its source."""
+
+    source: str
+    setting: str = "standard"
+    method: str = "inflora"
+    label: str | None = None
+    last: Percent | None = Field(default=None, ge=0, le=100)
+    last_sd: Percent | None = Field(default=None, ge=0, le=100)
+    avg: Percent | None = Field(default=None, ge=0, le=100)
+    avg_sd: Percent | None = Field(default=None, ge=0, le=100)
+    note: str | None = None
+
+
+class Recipe(_Part):
+    """A whole experiment.
+
+    Attributes:
+        name: the file's name without its ending.
+        title: one line.
+        status: `runs-here` when our own figures exist, `not-run-here` when only published ones do.
+        description: what is trained and why it is worth looking at.
+        data: where the examples come from.
+        stream: how they become tasks.
+        model: base models in order of preference; the first that can be found is used.
+        backbone: backbone options (pooling, normalize, max_length, image_size).
+        training: training options for every row.
+        methods: the rows that exist.
+        default_methods: the rows that run when none are named, baselines included.
+        seeds: the seeds that run when none are named.
+        settings: sizes of the experiment; `standard` is the one that runs when none is named.
+        validation: how a validation set is made.
+        published: figures of others.
+        notes: what we measured and what to keep in mind.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    title: str
+    status: Literal["runs-here", "not-run-here"]
+    description: str
+    data: DataSpec
+    stream: StreamSpec
+    model: tuple[str, ...] = Field(min_length=1)
+    backbone: Options = {}
+    training: Options = {}
+    methods: dict[str, MethodRow] = Field(min_length=1)
+    default_methods: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    settings: dict[str, Setting] = {"standard": Setting()}
+    validation: ValidationSpec = ValidationSpec()
+    published: tuple[PublishedFigure, ...] = ()
+    notes: str = ""

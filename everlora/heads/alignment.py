@@ -1,0 +1,146 @@
+"""Classifier alignment: retrain the heads on features sampled from one Gaussian per class (no stored data)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from everlora.errors import NumericError
+from everlora.heads.task_heads import TaskHeads
+
+__all__ = ["AlignmentOptions", "ClassStatistics", "align_heads"]
+
+_JITTER = 1e-4
+
+
+@dataclass(frozen=True)
+class AlignmentOptions:
+    """How heads are realigned after each task (section 11 of the InfLoRA reference).
+
+    Attributes:
+        epochs: passes over the sampled features.
+        samples: features drawn per class and epoch; also the batch size.
+        lr: learning rate of SGD with momentum .9 and weight decay 5e-4, cosine-annealed to 0.
+        shrink: how much the mean of the oldest class is shrunk towards 0; 0.1 gives factors from 0.9 to 1.
+        logit_norm: divisor of the normalised logits, or None for plain cross-entropy.
+    """
+
+    epochs: int = 5
+    samples: int = 256
+    lr: float = 0.01
+    shrink: float = 0.1
+    logit_norm: float | None = 0.1
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Mean `(d,)` and covariance `(d, d)` or its diagonal `(d,)` of one class's features, float64; and the class's task."""
+
+    mean: Tensor
+    covariance: Tensor
+    task: int
+
+    @classmethod
+    def of(cls, features: Tensor, task: int, covariance: str = "full") -> ClassStatistics:
+        """Measure `(n, d)` features of one class; 1e-4 is added to the diagonal, so one sample suffices."""
+        rows = features.double()
+        mean = rows.mean(dim=0)
+        centred = rows - mean
+        scale = 1 / max(len(rows) - 1, 1)
+        if covariance == "diag":
+            return cls(mean, scale * centred.square().sum(dim=0) + _JITTER, task)
+        matrix = scale * centred.T @ centred
+        return cls(mean, matrix + _JITTER * torch.eye(len(mean), dtype=matrix.dtype, device=matrix.device), task)
+
+    def root(self) -> Tensor:
+        """Lower Cholesky factor of the covariance (or the diagonal's square root), with growing jitter up to 1e-1."""
+        if self.covariance.ndim == 1:
+            return self.covariance.sqrt()
+        eye = torch.eye(len(self.mean), dtype=self.covariance.dtype, device=self.covariance.device)
+        for extra in (0.0, 1e-3, 1e-2, 1e-1):
+            factor, info = torch.linalg.cholesky_ex(self.covariance + extra * eye)
+            if int(info) == 0:
+                return factor
+        raise NumericError(
+            "a class covariance is not positive definite even with 0.1 added to its diagonal; "
+            "set alignment_covariance=diag or look for constant or non-finite features."
+        )
+
+
+def align_heads(
+    heads: TaskHeads,
+    statistics: Mapping[int, ClassStatistics],
+    options: AlignmentOptions,
+    generator: torch.Generator,
+) -> float:
+    """Retrain all heads on samples of all classes, so that rows of different tasks become comparable.
+
+    Args:
+        heads: changed in place; frozen again at the end.
+        statistics: class index -> Gaussian of its features, measured at that class's task.
+        options: see `AlignmentOptions`.
+        generator: source of the samples and of their order.
+
+    Returns:
+        The mean loss of the last epoch.
+
+    Source: section 11 of the InfLoRA reference (the "CA" variant).
+    """
+    classes = sorted(statistics)
+    current = max(statistics[c].task for c in classes)
+    roots = {c: statistics[c].root() for c in classes}
+    heads.requires_grad_(True)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=options.lr, momentum=0.9, weight_decay=5e-4)
+    mean_loss = math.nan
+    for epoch in range(options.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * options.lr * (1 + math.cos(math.pi * epoch / options.epochs))
+        features, labels = _sample(statistics, roots, current, options, generator)
+        order = torch.randperm(len(labels), generator=generator)
+        losses = []
+        for batch in order.split(options.samples):
+            loss = _alignment_loss(heads, features[batch], labels[batch], options.logit_norm)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        mean_loss = sum(losses) / len(losses)
+    heads.freeze()
+    return mean_loss
+
+
+def _sample(
+    statistics: Mapping[int, ClassStatistics],
+    roots: Mapping[int, Tensor],
+    current: int,
+    options: AlignmentOptions,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    features, labels = [], []
+    for c in sorted(statistics):
+        entry, root = statistics[c], roots[c]
+        factor = 1 - options.shrink + options.shrink * (entry.task + 1) / (current + 1)
+        noise = torch.randn(options.samples, len(entry.mean), dtype=torch.float64, generator=generator)
+        spread = noise * root if root.ndim == 1 else noise @ root.T
+        features.append((factor * entry.mean + spread).float())
+        labels.append(torch.full((options.samples,), c))
+    return torch.cat(features), torch.cat(labels)
+
+
+def _alignment_loss(heads: TaskHeads, features: Tensor, labels: Tensor, logit_norm: float | None) -> Tensor:
+    """Cross-entropy over all classes, on logits divided by their mean per-task norm when `logit_norm` is set."""
+    device = next(heads.parameters()).device
+    features, labels = features.to(device), labels.to(device)
+    blocks = [head(features) for head in heads.heads]
+    logits = torch.cat(blocks, dim=1)
+    if logit_norm is not None:
+        norms = torch.stack([block.norm(dim=1, keepdim=True) for block in blocks])
+        logits = logits / (norms.mean(dim=0) + 1e-7) / logit_norm
+    row_classes = torch.tensor([c for classes in heads.classes for c in classes], device=device)
+    scores = logits.new_full((len(logits), heads.num_classes()), -torch.inf)
+    scores = scores.scatter_reduce(1, row_classes.expand(len(logits), -1), logits, reduce="amax", include_self=True)
+    return nn.functional.cross_entropy(scores, labels)

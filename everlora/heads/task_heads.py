@@ -1,0 +1,134 @@
+"""One linear head per task; their logits stand side by side in task order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from everlora.errors import DataError
+
+__all__ = ["HeadRows", "TaskHeads"]
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """A classifier as plain rows: the score of a class is the maximum over its rows.
+
+    Attributes:
+        weight: `(rows, features)` float32.
+        bias: `(rows,)` float32.
+        classes: class index of each row.
+        normalize: True when features are scaled to length 1 before the rows are applied.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    classes: tuple[int, ...]
+    normalize: bool = False
+
+
+class TaskHeads(nn.Module):
+    """Linear heads, one per task, each trained while its task is learned and frozen afterwards.
+
+    A class that returns in a later task gets one more row there; its score is the maximum over its rows.
+    Source: section 7 of the InfLoRA reference (heads, inference without task identity).
+    """
+
+    def __init__(self, feature_dim: int) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.heads = nn.ModuleList()
+        self.classes: list[tuple[int, ...]] = []
+
+    def add_task(self, classes: Sequence[int], generator: torch.Generator | None = None) -> nn.Linear:
+        """Append a trainable head and freeze the earlier ones.
+
+        Args:
+            classes: class index of each row of the new head, distinct.
+            generator: source of the initial weights (uniform in `+-1/sqrt(features)`, torch's default for Linear).
+
+        Returns:
+            The new head, `(len(classes), features)`.
+        """
+        self.freeze()
+        head = nn.Linear(self.feature_dim, len(classes))
+        bound = 1 / math.sqrt(self.feature_dim)
+        with torch.no_grad():
+            head.weight.uniform_(-bound, bound, generator=generator)
+            head.bias.uniform_(-bound, bound, generator=generator)
+        self.heads.append(head.to(self._device()))
+        self.classes.append(tuple(int(c) for c in classes))
+        return head
+
+    def load_task(self, classes: Sequence[int], weight: Tensor, bias: Tensor) -> None:
+        """Append a frozen head with given rows, `weight (rows, features)` and `bias (rows,)`."""
+        head = self.add_task(classes)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Stop training every head."""
+        self.requires_grad_(False)
+
+    def num_classes(self) -> int:
+        """Number of distinct classes, assuming indices are dense from 0."""
+        return 1 + max((c for classes in self.classes for c in classes), default=-1)
+
+    def row_logits(self, features: Tensor, task: int | None = None) -> Tensor:
+        """Logits of all rows in task order, or of one task's rows: `(n, features) -> (n, rows)`."""
+        chosen = self.heads if task is None else [self.heads[task]]
+        return torch.cat([head(features) for head in chosen], dim=1)
+
+    def class_logits(self, features: Tensor, task: int | None = None) -> Tensor:
+        """Score of every class, the maximum over its rows; `-inf` for classes without a row in `task`.
+
+        Args:
+            features: `(n, features)`.
+            task: restrict to the rows of this task (task identity given), or None for all rows.
+
+        Returns:
+            `(n, classes)` float32.
+        """
+        rows = self.row_logits(features, task).float()
+        classes = self._row_classes(rows.device, task)
+        scores = rows.new_full((len(rows), self.num_classes()), -torch.inf)
+        return scores.scatter_reduce(1, classes.expand(len(rows), -1), rows, reduce="amax", include_self=True)
+
+    def loss(self, features: Tensor, labels: Tensor, over: str = "local") -> Tensor:
+        """Cross-entropy of the newest task.
+
+        Args:
+            features: `(n, features)`.
+            labels: `(n,)` class indices, all of the newest task.
+            over: `"local"`, over the rows of the newest task only (InfLoRA, section 7), or `"seen"`, over all rows.
+
+        Returns:
+            A scalar: the mean over the batch.
+        """
+        task = len(self.heads) - 1
+        rows = self.row_logits(features, task if over == "local" else None).float()
+        own = torch.tensor(self.classes[task], device=labels.device)
+        matches = labels[:, None] == own[None, :]
+        if not bool(matches.any(dim=1).all()):
+            raise DataError("a label of the batch does not belong to the task being learned; pass each task's own rows.")
+        offset = rows.shape[1] - len(own)  # the newest head's rows come last
+        return nn.functional.cross_entropy(rows, matches.int().argmax(dim=1) + offset)
+
+    def rows(self) -> HeadRows:
+        """All rows in task order, detached and on the CPU."""
+        weight = torch.cat([head.weight.detach().float().cpu() for head in self.heads])
+        bias = torch.cat([head.bias.detach().float().cpu() for head in self.heads])
+        return HeadRows(weight, bias, tuple(c for classes in self.classes for c in classes))
+
+    def _row_classes(self, device: torch.device, task: int | None) -> Tensor:
+        chosen = self.classes if task is None else [self.classes[task]]
+        return torch.tensor([c for classes in chosen for c in classes], device=device)
+
+    def _device(self) -> torch.device:
+        return next(self.parameters(), torch.empty(0)).device

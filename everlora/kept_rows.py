@@ -1,0 +1,55 @@
+"""Validation rows that stay with a task, as arrays: texts as UTF-8 bytes with offsets, images as uint8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everlora.errors import StoreError
+from everlora.streams import Examples
+
+__all__ = ["KEPT_FILE", "pack_rows", "unpack_rows"]
+
+KEPT_FILE = "validation.safetensors"
+Arrays = dict[str, NDArray[Any]]
+
+
+def pack_rows(examples: Examples) -> Arrays:
+    """Turn labelled rows into named arrays (see `unpack_rows`)."""
+    arrays: Arrays = {"ids": np.ascontiguousarray(examples.ids, dtype=np.int64)}
+    labels = [] if examples.labels is None else [str(name) for name in examples.labels]
+    arrays |= _pack_strings("labels", labels)
+    if isinstance(examples.inputs, np.ndarray):
+        arrays["images"] = np.ascontiguousarray(examples.inputs)
+    else:
+        arrays |= _pack_strings("texts", list(examples.inputs))
+    return arrays
+
+
+def unpack_rows(arrays: Mapping[str, NDArray[Any]]) -> Examples:
+    """Turn what `pack_rows` made back into rows.
+
+    Raises:
+        StoreError: an array is missing.
+    """
+    try:
+        labels = np.array(_unpack_strings("labels", arrays), dtype=object)
+        if "images" in arrays:
+            return Examples("image", np.array(arrays["images"]), labels, np.array(arrays["ids"]))
+        return Examples("text", tuple(_unpack_strings("texts", arrays)), labels, np.array(arrays["ids"]))
+    except KeyError as error:
+        raise StoreError(f"{KEPT_FILE} has no array {error}; roll the learner back and learn the task anew.") from None
+
+
+def _pack_strings(name: str, strings: list[str]) -> Arrays:
+    pieces = [text.encode("utf-8") for text in strings]
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    return {f"{name}.bytes": np.frombuffer(b"".join(pieces), dtype=np.uint8).copy(), f"{name}.ends": ends}
+
+
+def _unpack_strings(name: str, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
+    raw, ends = arrays[f"{name}.bytes"].tobytes(), arrays[f"{name}.ends"].tolist()
+    return [raw[start:end].decode("utf-8") for start, end in zip([0, *ends[:-1]], ends, strict=True)]

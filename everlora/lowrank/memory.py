@@ -1,0 +1,348 @@
+"""The memory of protected input directions (DualGPM), and the design of new down-projections outside it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlora.errors import OptionError, ShapeError, nearest
+from everlora.lowrank.moments import SecondMoment
+from everlora.lowrank.precision import normal_mode, without_autocast
+from everlora.lowrank.spectrum import (
+    as_symmetric,
+    complete,
+    energy_tails,
+    orient,
+    require_orthonormal,
+    scaled,
+    spectrum,
+    total_energy,
+)
+
+__all__ = ["GradientMemory"]
+
+_LOG = logging.getLogger("everlora.lowrank.memory")
+_ENERGIES = ("moment_squared", "moment")
+_FIRST_TASKS = ("below", "reach")
+_SLACK = 1e-12  # rounding allowed in a comparison with a threshold
+_STATE_FIELDS = ("dim", "occupied", "last_added", "updates", "form", "energy", "first_task")
+
+
+class GradientMemory:
+    """Orthonormal input directions that later tasks must leave alone.
+
+    Directions are only ever appended: an update never changes a bit of those already there, so a memory can be
+    rebuilt exactly from what each task added. The complement is a deterministic function of the directions.
+
+    Args:
+        dim: length of an input vector.
+        form: what `design` decomposes in the free space, `"moment_squared"` (the official code) or `"moment"` (the
+            paper).
+        energy: what `update` and `captured` count as energy, squared eigenvalues of the moment or eigenvalues.
+        first_task: `"below"` stops the first update one direction short of the threshold, as the official code
+            does; `"reach"` uses the general rule.
+        dtype: of the tensors handed out, float64 or float32; inside, everything is float64.
+        device: where the memory lies; devices without float64 are served from the CPU.
+
+    Raises:
+        OptionError: an option is unknown or out of range.
+
+    Source: sections 4, 5, 8 and 12 of the method page of InfLoRA; Liang and Li, "InfLoRA", CVPR 2024.
+    Cost: `dim * occupied_rank` float64, plus `dim * free_rank` for the complement while it is cached.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        form: str = "moment_squared",
+        energy: str = "moment_squared",
+        first_task: str = "below",
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise OptionError(f"dim must be a positive integer, got {dim!r}; pass the input width of the layer")
+        if dtype not in (torch.float64, torch.float32):
+            raise OptionError(f"a memory hands out float64 or float32, got {dtype}; use torch.float64")
+        self.dim = dim
+        self.form = _choice("form", form, _ENERGIES)
+        self.energy = _choice("energy", energy, _ENERGIES)
+        self.first_task = _choice("first_task", first_task, _FIRST_TASKS)
+        self.dtype = dtype
+        self.device = torch.device("cpu" if device is None else device)
+        self._place = torch.device("cpu") if self.device.type == "mps" else self.device
+        self._updates = 0
+        self._last_added = 0
+        with normal_mode():
+            self._occupied = torch.zeros(dim, 0, dtype=torch.float64, device=self._place)
+        self._free: Tensor | None = None
+
+    @property
+    def occupied_rank(self) -> int:
+        """Number of protected directions."""
+        return self._occupied.shape[1]
+
+    @property
+    def free_rank(self) -> int:
+        """Number of directions left; `occupied_rank + free_rank == dim`."""
+        return self.dim - self.occupied_rank
+
+    @property
+    def updates(self) -> int:
+        """Successful updates so far; the first one may follow its own rule."""
+        return self._updates
+
+    @property
+    def kind(self) -> str:
+        """`"occupied"` while at most half of the space is protected, then `"free"`: the smaller side."""
+        return "free" if 2 * self.occupied_rank > self.dim else "occupied"
+
+    @property
+    def basis(self) -> Tensor:
+        """Orthonormal columns of the side that `kind` names, `(dim, m)`, a copy in the memory's dtype."""
+        side = self._occupied if self.kind == "occupied" else self._free_basis()
+        return side.to(self.device, self.dtype, copy=True)
+
+    @property
+    def last_added(self) -> Tensor:
+        """What the last update or `append` added, `(dim, n)` float64, a copy bit for bit."""
+        return self._occupied[:, self.occupied_rank - self._last_added :].clone()
+
+    def design(self, second_moment: SecondMoment | Tensor, rank: int, pad: bool = False) -> Tensor:
+        """Choose a down-projection for the next task, inside the free space; the memory does not change.
+
+        Args:
+            second_moment: of the new task's inputs, a `SecondMoment` or a symmetric `(dim, dim)` tensor.
+            rank: how many rows are wanted.
+            pad: append rows of zeros where the free space has too few directions.
+
+        Returns:
+            `(min(rank, free_rank), dim)`, or `(rank, dim)` with `pad`: orthogonal rows of norm `1 / sqrt(3)`, the
+            expected norm under the usual LoRA start, each with its largest entry positive.
+
+        Raises:
+            OptionError: `rank` is not a positive integer.
+            ShapeError: the moment has the wrong shape, dtype or is not symmetric.
+            NumericError: the moment is empty or not finite.
+
+        Warns:
+            UserWarning: fewer than `rank` directions are free.
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise OptionError(f"rank must be a positive integer, got {rank!r}; the usual value is 10")
+        with normal_mode():
+            moment, _ = self._accept(second_moment)
+            count = min(rank, self.free_rank)
+            if count < rank:
+                warnings.warn(
+                    f"only {self.free_rank} of {self.dim} input directions are free, fewer than rank {rank}; "
+                    f"the branch gets {count}; lower the thresholds or the rank to keep room for later tasks",
+                    stacklevel=2,
+                )
+            values, directions = spectrum(
+                moment, self._free_or_none(), squared=self.form == "moment_squared", resolve=count
+            )
+            self._log_effective_rank(values, count)
+            down = directions[:, :count].T / math.sqrt(3.0)
+            if pad and count < rank:
+                down = torch.cat([down, down.new_zeros(rank - count, self.dim)])
+            return down.to(self.device, self.dtype).contiguous()
+
+    def update(self, second_moment: SecondMoment | Tensor, threshold: float) -> int:
+        """Protect the fewest further directions with which the captured energy reaches the threshold.
+
+        Args:
+            second_moment: of the inputs of the task just learned, a `SecondMoment` or a symmetric tensor.
+            threshold: fraction of the energy, in (0, 1]. Energy of at most 1e-12 of the total counts as rounding:
+                with threshold 1 directions whose eigenvalue is below about 1e-6 of the largest stay free.
+
+        Returns:
+            How many directions were added; 0 is normal.
+
+        Raises:
+            OptionError: `threshold` is outside (0, 1].
+            ShapeError: the moment has the wrong shape, dtype or is not symmetric.
+            NumericError: the moment is empty or not finite.
+
+        Warns:
+            UserWarning: the moment is zero; nothing is added and the update does not count as the first.
+        """
+        if isinstance(threshold, bool) or not 0.0 < threshold <= 1.0:
+            raise OptionError(f"threshold must lie in (0, 1], got {threshold!r}; the usual value is 0.95")
+        with normal_mode():
+            moment, scale = self._accept(second_moment)
+            if scale == 0.0:
+                warnings.warn("the second moment is zero, nothing to protect; check the layer's inputs", stacklevel=2)
+                self._last_added = 0
+                return 0
+            squared = self.energy == "moment_squared"
+            resolve = None if 1.0 - threshold < 1e-10 else 0
+            values, directions = spectrum(moment, self._free_or_none(), squared=squared, resolve=resolve)
+            count = self._directions_needed(values, total_energy(moment, squared), threshold)
+            self._extend(self._orthogonalised(directions[:, :count]))
+            return count
+
+    def append(self, directions: Tensor, *, counted: bool = True) -> None:
+        """Replay directions that an earlier update added, bit for bit.
+
+        Args:
+            directions: `(dim, n)` float64 as `last_added` gave them; `n = 0` replays an update that added nothing.
+            counted: whether the replayed update counted (`updates` rose); False only for a zero second moment.
+
+        Raises:
+            ShapeError: wrong shape or dtype, more columns than are free, or columns that are not orthonormal to
+                each other and to the memory.
+        """
+        if directions.ndim != 2 or directions.shape[0] != self.dim or directions.dtype != torch.float64:
+            raise ShapeError(
+                f"expected float64 directions of shape ({self.dim}, n), got {tuple(directions.shape)} of "
+                f"{directions.dtype}; pass what last_added gave"
+            )
+        if directions.shape[1] > self.free_rank:
+            raise ShapeError(f"{directions.shape[1]} directions do not fit: only {self.free_rank} are free")
+        with normal_mode():
+            added = directions.detach().to(self._place, copy=True)
+            require_orthonormal(self._occupied, added)
+            self._extend(added, counted=counted)
+
+    def project_free(self, x: Tensor) -> Tensor:
+        """Remove from each vector its component in the protected space.
+
+        Args:
+            x: `(..., dim)`, any float dtype; the product runs in at least float32.
+
+        Returns:
+            Same shape and dtype as `x`; a copy of `x` when nothing is protected.
+
+        Raises:
+            ShapeError: the last dimension is not `dim`, or `x` is not of a float dtype.
+        """
+        if x.ndim < 1 or x.shape[-1] != self.dim or not x.is_floating_point():
+            raise ShapeError(f"expected real vectors of shape (..., {self.dim}), got {tuple(x.shape)} of {x.dtype}")
+        if self.occupied_rank == 0:
+            return x.clone()
+        compute = torch.promote_types(x.dtype, torch.float32)
+        side = (self._occupied if self.kind == "occupied" else self._free_basis()).to(x.device, compute)
+        with without_autocast(x.device):
+            wide = x.to(compute)
+            inside = (wide @ side) @ side.T
+            return (wide - inside if self.kind == "occupied" else inside).to(x.dtype)
+
+    def captured(self, second_moment: SecondMoment | Tensor, energy: str | None = None) -> float:
+        """Return the fraction of a moment's energy inside the protected space, 0 for a zero moment.
+
+        Args:
+            second_moment: a `SecondMoment` or a symmetric `(dim, dim)` tensor.
+            energy: `"moment_squared"` for `|M^T C|^2 / |C|^2`, `"moment"` for `tr(M^T C M) / tr(C)`; the memory's
+                own by default.
+
+        Raises:
+            OptionError: `energy` is unknown.
+            ShapeError: the moment has the wrong shape, dtype or is not symmetric.
+            NumericError: the moment is empty or not finite.
+        """
+        squared = _choice("energy", self.energy if energy is None else energy, _ENERGIES) == "moment_squared"
+        with normal_mode():
+            moment, scale = self._accept(second_moment)
+            if scale == 0.0:
+                return 0.0
+            inside = self._occupied.T @ moment
+            held = inside.square().sum() if squared else (inside * self._occupied.T).sum()
+            return float(held / total_energy(moment, squared))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on: the directions (a copy), counts and options."""
+        return {
+            "dim": self.dim,
+            "occupied": self._occupied.clone(),
+            "last_added": self._last_added,
+            "updates": self._updates,
+            "form": self.form,
+            "energy": self.energy,
+            "first_task": self.first_task,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved memory, bit for bit; on an error nothing changes.
+
+        Raises:
+            ShapeError: a field is missing, or the directions do not fit `dim` or are not orthonormal.
+            OptionError: the state was made with another form, energy or first-task rule.
+        """
+        missing = [name for name in _STATE_FIELDS if name not in state]
+        if missing:
+            raise ShapeError(f"the state of a memory lacks {', '.join(missing)}; it is not a saved state")
+        for name, mine in (("form", self.form), ("energy", self.energy), ("first_task", self.first_task)):
+            if state[name] != mine:
+                raise OptionError(
+                    f"this memory has {name}='{mine}', the saved one {name}='{state[name]}'; use the same"
+                )
+        occupied = state["occupied"]
+        added, updates = int(state["last_added"]), int(state["updates"])
+        shape = tuple(occupied.shape)
+        fits = len(shape) == 2 and shape[0] == self.dim == int(state["dim"]) and 0 <= added <= shape[1] <= self.dim
+        if not fits or updates < 0 or occupied.dtype != torch.float64:
+            raise ShapeError(
+                f"expected the state of a memory of dim {self.dim} in float64, got dim {state['dim']} with directions "
+                f"{shape} of {occupied.dtype}, {added} added last, {updates} updates"
+            )
+        with normal_mode():
+            columns = occupied.detach().to(self._place, copy=True)
+            require_orthonormal(columns[:, :0], columns)
+        self._occupied, self._last_added, self._updates, self._free = columns, added, updates, None
+
+    def _free_basis(self) -> Tensor:
+        if self._free is None:
+            with normal_mode():
+                self._free = complete(self._occupied)
+        return self._free
+
+    def _free_or_none(self) -> Tensor | None:
+        return None if self.occupied_rank == 0 else self._free_basis()
+
+    def _directions_needed(self, values: Tensor, total: float, threshold: float) -> int:
+        fractions = values / total
+        if self._updates == 0 and self.first_task == "below" and threshold < 1.0:
+            reached = fractions.cumsum(0)
+            return max(1, int((reached < threshold - _SLACK).sum()))
+        return int((energy_tails(fractions) > 1.0 - threshold + _SLACK).sum())
+
+    def _orthogonalised(self, directions: Tensor) -> Tensor:
+        """Clean rounding off new directions; the protected ones stay as they are."""
+        for _ in range(2):
+            directions = directions - self._occupied @ (self._occupied.T @ directions)
+        columns, triangle = torch.linalg.qr(directions)
+        # The factorisation may flip columns; undo that, then settle the sign of ties on the final values.
+        return orient(columns * torch.where(triangle.diagonal() < 0, -1.0, 1.0))
+
+    def _extend(self, directions: Tensor, *, counted: bool = True) -> None:
+        if directions.shape[1]:
+            self._occupied = torch.cat([self._occupied, directions], dim=1)
+            self._free = None
+        self._last_added = directions.shape[1]
+        self._updates += int(counted)
+        _LOG.debug("%d directions added, %d of %d protected", self._last_added, self.occupied_rank, self.dim)
+
+    def _accept(self, second_moment: SecondMoment | Tensor) -> tuple[Tensor, float]:
+        matrix = second_moment.matrix if isinstance(second_moment, SecondMoment) else second_moment
+        return scaled(as_symmetric(matrix, self.dim, self._place))
+
+    def _log_effective_rank(self, values: Tensor, count: int) -> None:
+        if count == 0:
+            return
+        excited = int((values[:count] > 1e-16 * values[0]).sum())
+        if excited < count:
+            _LOG.info("only %d of %d designed directions are excited by the task's inputs", excited, count)
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise OptionError(f"{name}={value!r} is not known; {nearest(str(value), known)}")
+    return value

@@ -1,0 +1,173 @@
+"""Autograd functions of an adapted layer: gradients to the current factors by thin products only."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from everlora.errors import UnsupportedError
+from everlora.lowrank.precision import without_autocast
+from everlora.lowrank.working import WorkingWeight
+
+__all__ = ["factored_branch", "folded_linear"]
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def folded_linear(
+    x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, *, projection: Tensor | None, working: WorkingWeight
+) -> Tensor:
+    """Multiply by the working weight, one product, with hand-written gradients.
+
+    Args:
+        x: `(..., in)` in the dtype of the product.
+        up: `(out, rank)`, the current block; receives `g^T (x down^T)`.
+        down: `(rank, in)`; receives `(g up)^T x` where it requires a gradient. Only then is `x` kept.
+        bias: `(out,)` or None.
+        projection: `x down^T`, `(..., rank)`, constant; None where neither factor needs a gradient.
+        working: holds the weight, refreshed for this forward pass.
+
+    Returns:
+        `(..., out)`.
+
+    Raises:
+        UnsupportedError: in the backward pass, when the working weight was rebuilt since.
+    """
+    return cast(Tensor, _FoldedLinear.apply(x, up, down, bias, projection, working))  # type: ignore[no-untyped-call]
+
+
+def factored_branch(
+    y: Tensor, x: Tensor, up: Tensor, down: Tensor, *, projection: Tensor, up_all: Tensor, down_all: Tensor
+) -> Tensor:
+    """Add the low-rank branch to a base layer's output, thin products in the precision of the factors.
+
+    Args:
+        y: `(..., out)`, what the base layer gave.
+        x: `(..., in)`, what it read.
+        up: `(out, rank)`, the current block, the last `rank` columns of `up_all`.
+        down: `(rank, in)`, the last rows of `down_all`.
+        projection: `x down_all^T`, `(..., total_rank)`, constant.
+        up_all: `(out, total_rank)`, past (scaled) and current columns, constant.
+        down_all: `(total_rank, in)`, past and current rows, constant.
+
+    Returns:
+        `(..., out)` in the dtype of `y`, rounded once.
+    """
+    if not torch.is_grad_enabled():
+        return _add_branch(y, projection, up_all)
+    result = _FactoredBranch.apply(y, x, up, down, projection, up_all, down_all)  # type: ignore[no-untyped-call]
+    return cast(Tensor, result)
+
+
+def _add_branch(y: Tensor, projection: Tensor, up_all: Tensor) -> Tensor:
+    with without_autocast(y.device):
+        return (projection @ up_all.to(projection.dtype).T).add_(y).to(y.dtype)
+
+
+def _narrow(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Bring a kept tensor to the dtype of the gradient, as mixed-precision products do."""
+    return factor.to(gradient.dtype)
+
+
+def _factor_gradients(
+    gradient: Tensor, needs: tuple[bool, bool], projection: Tensor | None, up: Tensor, x: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `up` and `down` from `g (..., out)`; two thin products."""
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    up_gradient = down_gradient = None
+    if needs[0] and projection is not None:
+        kept = projection.reshape(-1, projection.shape[-1])
+        up_gradient = (flat.T @ _narrow(flat, kept)).to(up.dtype)
+    if needs[1] and x is not None:
+        back = flat @ _narrow(flat, up)
+        down_gradient = (back.T @ _narrow(flat, x.reshape(-1, x.shape[-1]))).to(up.dtype)
+    return up_gradient, down_gradient
+
+
+class _FoldedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        up: Tensor,
+        down: Tensor,
+        bias: Tensor | None,
+        projection: Tensor | None,
+        working: WorkingWeight,
+    ) -> Tensor:
+        needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if needs_down else None, up if needs_down else None, projection if needs_up else None)
+        # The weight is overwritten at the next step, so it is held beside the saved tensors with its own stamp.
+        ctx.weight = working.weight_as(x.dtype) if needs_x else None
+        ctx.working, ctx.generation = working, working.generation
+        ctx.up_dtype = up.dtype
+        with without_autocast(x.device):
+            return functional.linear(x, working.weight_as(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> Gradients:
+        if gradient is None:
+            return (None,) * 6
+        if ctx.weight is not None and ctx.generation != ctx.working.generation:
+            raise UnsupportedError(
+                "the working weight of an adapted layer was rebuilt between this forward pass and its backward pass; "
+                "run backward before the next optimiser step or change of the factors"
+            )
+        x, up, projection = ctx.saved_tensors
+        needs_x, needs_up, needs_down, needs_bias = ctx.needs_input_grad[:4]
+        with without_autocast(gradient.device):
+            x_gradient = gradient @ ctx.weight if needs_x else None
+            reference = gradient.new_empty(0, dtype=ctx.up_dtype) if up is None else up
+            factors = _factor_gradients(gradient, (needs_up, needs_down), projection, reference, x)
+            flat = gradient.reshape(-1, gradient.shape[-1])
+            bias_gradient = flat.sum(0) if needs_bias else None
+        return x_gradient, *factors, bias_gradient, None, None
+
+
+class _FactoredBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        up: Tensor,
+        down: Tensor,
+        projection: Tensor,
+        up_all: Tensor,
+        down_all: Tensor,
+    ) -> Tensor:
+        _, needs_x, needs_up, needs_down = ctx.needs_input_grad[:4]
+        ctx.set_materialize_grads(False)
+        # A copy of the current columns, so that the past ones are not kept alive for the backward pass.
+        current = projection[..., projection.shape[-1] - up.shape[1] :].contiguous() if needs_up else None
+        ctx.save_for_backward(
+            x if needs_down else None,
+            up if needs_down else None,
+            current,
+            up_all if needs_x else None,
+            down_all if needs_x else None,
+        )
+        ctx.compute, ctx.x_dtype, ctx.up_dtype = projection.dtype, x.dtype, up.dtype
+        return _add_branch(y, projection, up_all)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> Gradients:
+        if gradient is None:
+            return (None,) * 7
+        x, up, current, up_all, down_all = ctx.saved_tensors
+        _, needs_x, needs_up, needs_down = ctx.needs_input_grad[:4]
+        with without_autocast(gradient.device):
+            wide = gradient.to(ctx.compute)
+            x_gradient = None
+            if needs_x:
+                x_gradient = ((wide @ _narrow(wide, up_all)) @ _narrow(wide, down_all)).to(ctx.x_dtype)
+            reference = gradient.new_empty(0, dtype=ctx.up_dtype) if up is None else up
+            factors = _factor_gradients(wide, (needs_up, needs_down), current, reference, x)
+        return gradient, x_gradient, *factors, None, None, None

@@ -1,0 +1,213 @@
+"""What a method is: a few hooks around one training loop, and its memory as plain data."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from everlora.errors import DataError
+from everlora.heads import HeadRows
+from everlora.lowrank import LowRankLinear
+
+__all__ = [
+    "Batch",
+    "Collect",
+    "Encoder",
+    "Loss",
+    "Method",
+    "State",
+    "TaskInfo",
+    "check_classes",
+    "keyed_generator",
+    "task_key",
+    "tasks_in",
+]
+
+State = dict[str, Any]
+"""Flat mapping name -> tensor or plain JSON value; names under `tasks/000/` are written once, with that task."""
+
+
+class Encoder(Protocol):
+    """What a method sees of a pretrained model (a `Backbone`)."""
+
+    feature_dim: int
+    default_targets: tuple[str, ...]
+    model: nn.Module
+
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Pooled features `(n, feature_dim)` float32."""
+
+    def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """True for real tokens, `(n, tokens)`, or None when all are real."""
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """One task as a method sees it.
+
+    Attributes:
+        index: number of the task, from 0.
+        name: its name.
+        classes: class indices of its labels (indices are given in order of first appearance over all tasks).
+        num_examples: training rows.
+    """
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one task on the model's device.
+
+    Attributes:
+        inputs: keyword tensors of the encoder (may be empty when `features` is given).
+        labels: `(n,)` class indices.
+        features: `(n, d)` features computed beforehand, for a model that does not change.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What `Method.loss` returns: the scalar to minimise and its named parts, for the log."""
+
+    value: Tensor
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+class Collect(Protocol):
+    """A pass over the current task's training rows, without gradients and in evaluation mode."""
+
+    def __call__(
+        self,
+        visit: Callable[[Batch, Tensor], None] | None = None,
+        *,
+        stage: str,
+        before: Callable[[Batch], None] | None = None,
+        augment: bool = True,
+        max_batches: int | None = None,
+    ) -> int:
+        """Run the encoder on every row and hand `(batch, features)` to `visit`.
+
+        Args:
+            visit: called once a batch; None when only forward hooks are of interest.
+            stage: what the pass is for; names the progress bar and keys the augmentation.
+            before: called with each batch before the encoder runs on it.
+            augment: training augmentation (one draw a row) or the evaluation transform.
+            max_batches: stop early.
+
+        Returns:
+            The number of rows seen.
+        """
+
+
+class Method(ABC):
+    """A continual-learning method.
+
+    Life of a task: `begin_task`, then `loss` -> backward -> `after_backward` -> optimiser step -> `after_step` for every
+    batch, then `end_task`. A method never reads files, loaders or clocks; passes over data come as `collect`.
+    A class is final: variants are options.
+    """
+
+    options_type: ClassVar[type]
+    trains_on: Literal["task", "stream"] = "task"
+    """`"stream"`: wants the rows of all tasks at once, in a single task (an upper bound, not a continual method)."""
+    fixed_features: bool = False
+    """True when the encoder never changes, so that its features may be computed once and kept."""
+
+    @abstractmethod
+    def __init__(self, options: Any, encoder: Encoder, *, seed: int) -> None:
+        """Attach what the method needs to `encoder.model`; nothing is trained before `begin_task`."""
+
+    @abstractmethod
+    def begin_task(self, task: TaskInfo, collect: Collect) -> None:
+        """Prepare the parameters of a new task; may pass over its training rows."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Loss:
+        """Return the training loss of a batch; changes nothing."""
+
+    def after_backward(self) -> None:  # noqa: B027 - optional hook
+        """Look at or change gradients, before the optimiser steps."""
+
+    def after_step(self, stepped: bool) -> None:  # noqa: B027 - optional hook
+        """React to an optimiser step; `stepped` is False while gradients still accumulate."""
+
+    @abstractmethod
+    def end_task(self, task: TaskInfo, collect: Collect) -> None:
+        """Consolidate: freeze, fold, update memories; may pass over the training rows once more."""
+
+    @abstractmethod
+    def logits(self, batch: Batch, task: int | None = None) -> Tensor:
+        """Score of every class seen so far, `(n, classes)` float32; with `task`, only that task's rows compete."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters of the current task by group: `"adapter"` and `"head"`; empty when nothing is trained."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything remembered between tasks."""
+
+    @abstractmethod
+    def load_state(self, state: State) -> None:
+        """Restore what `state` returned, on a newly made method."""
+
+    @abstractmethod
+    def head_rows(self) -> HeadRows:
+        """The classifier as plain rows, for export."""
+
+    def layers(self) -> dict[str, LowRankLinear]:
+        """Adapted layers by qualified name; empty for a frozen encoder."""
+        return {}
+
+    def panels(self) -> dict[str, dict[str, float]]:
+        """Figures worth a curve over tasks: panel -> name -> value after the newest task."""
+        return {}
+
+
+def keyed_generator(*keys: object) -> torch.Generator:
+    """Return a CPU generator seeded by a hash of `keys`, the same whatever ran before."""
+    digest = hashlib.blake2b("\x1f".join(map(str, keys)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def task_key(index: int, name: str) -> str:
+    """Name of a state entry that belongs to one task for ever."""
+    return f"tasks/{index:03d}/{name}"
+
+
+def tasks_in(state: Mapping[str, Any], name: str) -> int:
+    """Count the tasks, from 0 on, that have an entry `name` in a state."""
+    count = 0
+    while task_key(count, name) in state:
+        count += 1
+    return count
+
+
+def check_classes(task: TaskInfo, seen: Sequence[tuple[int, ...]], *, over: str, strict: bool = False) -> None:
+    """Refuse tasks that a locally trained head cannot learn.
+
+    Raises:
+        DataError: a single class under a loss over that class alone; or known classes where `strict` forbids them.
+    """
+    if over == "local" and len(task.classes) == 1:
+        raise DataError(
+            f"task '{task.name}' has one class, which a head trained on that task alone cannot learn; "
+            "use --set loss=seen, the method ncm, or a task of two classes or more."
+        )
+    known = set(task.classes) & {c for classes in seen for c in classes}
+    if strict and known:
+        raise DataError(f"task '{task.name}' repeats {len(known)} known classes, which strict_new_classes forbids.")

@@ -1,0 +1,313 @@
+"""InfLoRA: low-rank branches designed to lie outside the input space of old tasks (Liang & Li, CVPR 2024).
+
+Each adapted linear layer gets one branch `up @ down` per task. `down` is computed before training from the layer's
+inputs on the new task, restricted to the directions no old task occupies, and stays fixed; `up` starts at zero and is
+trained with the task's head by cross-entropy over the task's own classes. Afterwards the layer's inputs are measured
+again and a gradient memory (DualGPM) absorbs their dominant new directions. All branches act on every input, so no
+task identity and no old data are needed.
+
+`inflora_opt` computes the same function with all earlier branches folded into one working weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from everlora.errors import NumericError, OptionError
+from everlora.heads import AlignmentOptions, ClassStatistics, HeadRows, TaskHeads, align_heads
+from everlora.lowrank import (
+    ConstantThreshold,
+    GeometricThreshold,
+    GradientMemory,
+    LinearThreshold,
+    LowRankLinear,
+    SecondMoment,
+    attach,
+    input_groups,
+    record_moments,
+)
+from everlora.methods.base import (
+    Batch,
+    Collect,
+    Encoder,
+    Loss,
+    Method,
+    State,
+    TaskInfo,
+    check_classes,
+    keyed_generator,
+    task_key,
+    tasks_in,
+)
+from everlora.methods.registry import register
+
+__all__ = ["InfLoRA", "InfLoRAOptions"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class InfLoRAOptions:
+    """Options of InfLoRA; the defaults are the official ones for ten tasks.
+
+    Attributes:
+        rank: rows of each task's `down`.
+        targets: name patterns of the layers to adapt; None takes keys and values.
+        threshold: how the energy threshold of the memory grows: `linear` needs `total_tasks` (official), `geometric`
+            and `constant` are open-ended, `auto` takes `linear` when `total_tasks` is given and else `geometric`.
+        threshold_start: threshold after the first task.
+        threshold_end: where `linear` would arrive after `total_tasks` tasks.
+        total_tasks: number of tasks, when it is known.
+        horizon: number of tasks after which `geometric` meets `linear`.
+        form: `moment_squared` designs from `P C C P` (official code), `moment` from `P C P` (paper).
+        energy: what the threshold counts: squared eigenvalues of the second moment (official) or eigenvalues.
+        first_task: `below` stops one direction short of the threshold at the first task (official); `reach` reaches it.
+        projection: False leaves the memory out, so that branches may overlap old tasks (the paper's ablation).
+        second_pass: measure inputs again after training (official); False reuses the pass before training.
+        stats_max_batches: cap on the batches of a measuring pass; None sees all rows.
+        forward_mode: how a layer computes: one working weight (`folded`) or concatenated factors (`factored`).
+        loss: cross-entropy over the task's own classes (`local`, official) or over all `seen` classes.
+        strict_new_classes: refuse a task that repeats a known class.
+        alignment: realign all heads after each task on features drawn from class Gaussians ("CA").
+        alignment_epochs: passes over the drawn features.
+        alignment_lr: learning rate of the alignment.
+        alignment_logit_norm: divisor of the normalised logits; None for plain cross-entropy.
+        alignment_covariance: keep the full covariance of a class, or its diagonal.
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 10
+    targets: tuple[str, ...] | None = None
+    threshold: Literal["auto", "linear", "geometric", "constant"] = "auto"
+    threshold_start: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    threshold_end: Annotated[float, Field(gt=0, le=1)] = 1.0
+    total_tasks: Annotated[int, Field(ge=1)] | None = None
+    horizon: Annotated[int, Field(ge=2)] = 10
+    form: Literal["moment_squared", "moment"] = "moment_squared"
+    energy: Literal["moment_squared", "moment"] = "moment_squared"
+    first_task: Literal["below", "reach"] = "below"
+    projection: bool = True
+    second_pass: bool = True
+    stats_max_batches: Annotated[int, Field(ge=1)] | None = None
+    forward_mode: Literal["auto", "folded", "factored"] = "auto"
+    loss: Literal["local", "seen"] = "local"
+    strict_new_classes: bool = False
+    alignment: bool = False
+    alignment_epochs: Annotated[int, Field(ge=1)] = 5
+    alignment_lr: Annotated[float, Field(gt=0)] = 0.01
+    alignment_logit_norm: Annotated[float, Field(gt=0)] | None = 0.1
+    alignment_covariance: Literal["full", "diag"] = "full"
+
+
+@register(
+    "inflora",
+    presets={"inflora_opt": {"forward_mode": "folded"}},
+    about={"inflora_opt": "InfLoRA with all earlier branches folded into one working weight: same function, flat cost."},
+)
+class InfLoRA(Method):
+    """InfLoRA (arXiv 2404.00228), in the official order of steps: section 7 of the reference page."""
+
+    options_type = InfLoRAOptions
+
+    def __init__(self, options: InfLoRAOptions, encoder: Encoder, *, seed: int) -> None:
+        self.options = options
+        self.encoder = encoder
+        self.seed = seed
+        self.threshold = _schedule(options)
+        self.heads = TaskHeads(encoder.feature_dim)
+        self._layers = attach(
+            encoder.model,
+            options.targets or encoder.default_targets,
+            options.rank,
+            forward_mode=options.forward_mode,
+            train_down=False,
+        )
+        self._groups: dict[str, list[str]] = {}
+        self.memories: dict[str, GradientMemory] = {}
+        self.statistics: dict[int, ClassStatistics] = {}
+        self._moments: dict[str, SecondMoment] = {}
+        self._past: State = {}
+
+    def begin_task(self, task: TaskInfo, collect: Collect) -> None:
+        """Steps 1 to 5: threshold check, new head, pass 1, design of `down`, choice of the trainable parameters."""
+        self.threshold(task.index)
+        check_classes(task, self.heads.classes, over=self.options.loss, strict=self.options.strict_new_classes)
+        if not self._groups:
+            self._set_groups(self._trace_groups(collect))
+        self.heads.add_task(task.classes, keyed_generator(self.seed, task.index, "head"))
+        self._moments = self._measure(collect, "inputs before training")
+        for group, names in self._groups.items():
+            self._design(group, names)
+
+    def loss(self, batch: Batch) -> Loss:
+        """Cross-entropy of the new head."""
+        return Loss(self.heads.loss(self.encoder.features(batch.inputs), batch.labels, self.options.loss))
+
+    def end_task(self, task: TaskInfo, collect: Collect) -> None:
+        """Steps 7 to 10: pass 2, memory update, freezing, optional classifier alignment."""
+        moments = self._measure(collect, "inputs after training") if self.options.second_pass else self._moments
+        epsilon = self.threshold(task.index)
+        for group, memory in self.memories.items():
+            if self.options.projection:
+                _named(group, memory.update, moments[group], epsilon)
+            self._past[task_key(task.index, f"memory/{group}")] = memory.last_added.cpu()
+        for name, layer in self._layers.items():
+            self._past[task_key(task.index, f"adapter/{name}/down")] = layer.down.detach().cpu().clone()
+            self._past[task_key(task.index, f"adapter/{name}/up")] = layer.up.detach().cpu().clone()
+            layer.fold_block()
+        self.heads.freeze()
+        self._moments = {}
+        if self.options.alignment:
+            self._align(task, collect)
+
+    def logits(self, batch: Batch, task: int | None = None) -> Tensor:
+        """Class scores from all heads, or from one task's head."""
+        features = self.encoder.features(batch.inputs) if batch.features is None else batch.features
+        return self.heads.class_logits(features, task)
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """`up` of every layer that has a branch in this task, and the new head."""
+        ups = [layer.up for layer in self._layers.values() if layer.up.numel()]
+        return {"adapter": ups, "head": list(self.heads.heads[-1].parameters())}
+
+    def layers(self) -> dict[str, LowRankLinear]:
+        """The adapted layers."""
+        return self._layers
+
+    def head_rows(self) -> HeadRows:
+        """All heads as rows."""
+        return self.heads.rows()
+
+    def panels(self) -> dict[str, dict[str, float]]:
+        """Directions that old tasks occupy, per input group."""
+        return {"occupied_rank": {group: float(m.occupied_rank) for group, m in self.memories.items()}}
+
+    def state(self) -> State:
+        """Factors, directions and head of every task (written once); realigned heads and statistics if any."""
+        state: State = {"groups": self._groups, **self._past}
+        for index, (head, classes) in enumerate(zip(self.heads.heads, self.heads.classes, strict=True)):
+            prefix = "head" if not self.options.alignment else "aligned"
+            key = task_key(index, "head/") if prefix == "head" else f"aligned/{index:03d}/"
+            state[f"{key}weight"] = head.weight.detach().cpu()
+            state[f"{key}bias"] = head.bias.detach().cpu()
+            state[task_key(index, "classes")] = list(classes)
+        for c, entry in self.statistics.items():
+            state[task_key(entry.task, f"statistics/{c}/mean")] = entry.mean
+            state[task_key(entry.task, f"statistics/{c}/covariance")] = entry.covariance
+        return state
+
+    def load_state(self, state: State) -> None:
+        """Replay every task: append its factors, its protected directions and its head."""
+        count = tasks_in(state, "classes")
+        if count:
+            self._set_groups({group: list(names) for group, names in state["groups"].items()})
+        for index in range(count):
+            prefix = f"tasks/{index:03d}/"
+            own = {k: v for k, v in state.items() if k.startswith(prefix)}
+            heads = prefix + "head/" if prefix + "head/weight" in own else f"aligned/{index:03d}/"
+            self.heads.load_task(own[prefix + "classes"], state[heads + "weight"], state[heads + "bias"])
+            for group, memory in self.memories.items():
+                memory.append(own[f"{prefix}memory/{group}"])
+            self._past.update({k: v for k, v in own.items() if "/adapter/" in k or "/memory/" in k})
+            self._load_statistics(own, prefix, index)
+        for name, layer in self._layers.items():
+            blocks = [task_key(index, f"adapter/{name}/") for index in range(count)]
+            layer.load_past([state[key + "down"] for key in blocks], [state[key + "up"] for key in blocks])
+
+    def _load_statistics(self, own: State, prefix: str, index: int) -> None:
+        for key, mean in own.items():
+            if key.startswith(prefix + "statistics/") and key.endswith("/mean"):
+                covariance = own[key.removesuffix("mean") + "covariance"]
+                self.statistics[int(key.split("/")[-2])] = ClassStatistics(mean, covariance, index)
+
+    def _trace_groups(self, collect: Collect) -> dict[str, list[str]]:
+        """Group the layers that read the same tensor, in one traced forward pass."""
+        return input_groups(
+            self.encoder.model, self._layers, lambda: collect(stage="layer inputs", max_batches=1, augment=False)
+        )
+
+    def _set_groups(self, groups: dict[str, list[str]]) -> None:
+        self._groups = groups
+        self.memories = {
+            group: self._empty_memory(self._layers[names[0]].in_features) for group, names in groups.items()
+        }
+
+    def _measure(self, collect: Collect, stage: str) -> dict[str, SecondMoment]:
+        """One pass over the training rows: the second moment of every group's input, padding left out."""
+        mask: list[Tensor | None] = [None]
+
+        def keep_mask(batch: Batch) -> None:
+            mask[0] = self.encoder.token_mask(batch.inputs)
+
+        first = {group: self._layers[names[0]] for group, names in self._groups.items()}
+        with record_moments(first, lambda: mask[0]) as moments:
+            collect(before=keep_mask, stage=stage, max_batches=self.options.stats_max_batches)
+        return moments
+
+    def _design(self, group: str, names: list[str]) -> None:
+        """Give the layers of one input group the same new `down`; `up` starts at zero."""
+        memory = self.memories[group] if self.options.projection else self._empty_memory(self.memories[group].dim)
+        rank = min(self.options.rank, memory.free_rank)
+        if rank < self.options.rank:
+            warnings.warn(
+                f"layer '{group}': {memory.free_rank} free input directions are left for rank {self.options.rank}; "
+                "this task's branch is smaller; lower threshold_start or rank to keep room for later tasks.",
+                stacklevel=2,
+            )
+        down = _named(group, memory.design, self._moments[group], rank) if rank else None
+        # one Parameter for all layers of the group, so that they compute its product with their input once
+        shared = None if down is None else nn.Parameter(down.float(), requires_grad=False)
+        for name in names:
+            self._layers[name].start_block(rank, down=shared)
+
+    def _empty_memory(self, dim: int) -> GradientMemory:
+        options = self.options
+        return GradientMemory(dim, form=options.form, energy=options.energy, first_task=options.first_task)
+
+    def _align(self, task: TaskInfo, collect: Collect) -> None:
+        """Classifier alignment, section 11: Gaussians of the new classes, then all heads on samples of all classes."""
+        rows: dict[int, list[Tensor]] = {c: [] for c in task.classes}
+
+        def keep(batch: Batch, features: Tensor) -> None:
+            for c in batch.labels.unique().tolist():
+                rows[c].append(features[batch.labels == c].cpu())
+
+        collect(keep, stage="class statistics", augment=False)
+        for c, parts in rows.items():
+            covariance = self.options.alignment_covariance
+            self.statistics[c] = ClassStatistics.of(torch.cat(parts), task.index, covariance)
+        if task.index > 0:
+            options = AlignmentOptions(
+                epochs=self.options.alignment_epochs,
+                lr=self.options.alignment_lr,
+                logit_norm=self.options.alignment_logit_norm,
+            )
+            align_heads(self.heads, self.statistics, options, keyed_generator(self.seed, task.index, "alignment"))
+
+
+def _schedule(options: InfLoRAOptions) -> Callable[[int], float]:
+    """The energy threshold as a function of the task index."""
+    kind = options.threshold
+    if kind == "auto":
+        kind = "linear" if options.total_tasks else "geometric"
+    if kind == "constant":
+        return ConstantThreshold(options.threshold_start)
+    if kind == "geometric":
+        return GeometricThreshold(options.threshold_start, horizon=options.horizon)
+    if options.total_tasks is None:
+        raise OptionError("threshold=linear needs total_tasks; give it, or use threshold=geometric for an open stream.")
+    return LinearThreshold(options.threshold_start, options.threshold_end, options.total_tasks)
+
+
+def _named(group: str, compute: Callable[..., Result], *arguments: object) -> Result:
+    """Run a memory's computation and name the layer in what it refuses."""
+    try:
+        return compute(*arguments)
+    except NumericError as error:
+        raise NumericError(f"layer '{group}': {error}") from error

@@ -1,0 +1,228 @@
+"""The HTML page of a run: one file that loads nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from everlora.metrics import mean_and_deviation
+from everlora.report.charts import LineChart, Series, line_chart
+from everlora.report.table import UNDEFINED, Group, format_table, grouped_matrices, summarise
+
+__all__ = ["render_report", "write_report"]
+
+TEMPLATE = "page.html.jinja"
+ENOUGH_SEEDS = 3
+HeatRows = list[tuple[str, list[float | None]]]
+HEADINGS = {"occupied_rank": "Occupied dimensions per layer"}
+
+
+def write_report(results: Mapping[str, Any], path: Path) -> None:
+    """Write the page of `results` to `path`; parent folders are made.
+
+    Args:
+        results: the content of `results.json`.
+        path: the file to write; an existing one is replaced.
+
+    Raises:
+        DataError: as `summarise`.
+    """
+    page = render_report(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def render_report(results: Mapping[str, Any]) -> str:
+    """Return the page of `results` as HTML.
+
+    The numbers are those of `summarise` and `format_table`. Everything from the results is escaped, and a content
+    security policy in the page forbids loading anything.
+
+    Raises:
+        DataError: as `summarise`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).render(_context(results))
+
+
+def _context(results: Mapping[str, Any]) -> dict[str, Any]:
+    rows, groups = summarise(results), grouped_matrices(results)
+    stream, recipe = results["stream"], results.get("recipe") or {}
+    by_label = {_distinct(key, groups): group for key, group in groups.items()}
+    matrices = [(label, _mean_matrix(group)) for label, group in by_label.items()]
+    num_tasks = max((matrix.num_tasks for group in by_label.values() for _, matrix in group), default=0)
+    return {
+        "title": recipe.get("title") or recipe.get("name") or stream.get("name") or "Continual learning run",
+        "facts": _facts(results, num_tasks),
+        "num_tasks": num_tasks,
+        "table": format_table(rows),
+        "samples_table": format_table(rows, mean="samples"),
+        "few_seeds": any(row["n"] < ENOUGH_SEEDS for row in rows),
+        "charts": _charts(by_label),
+        "curve_tables": [_curve_table(by_label, name) for name in ("acc_step", "forgetting")] if rows else [],
+        "runs": _run_rows(by_label),
+        "matrices": matrices,
+        "heat_range": _heat_range(matrices),
+        "panels": [panel for label, group in by_label.items() for panel in _panels(label, group)],
+        "tasks": _tasks(stream),
+        "published": [_published(entry) for entry in results.get("published") or []],
+        "notes": results.get("notes") or "",
+        "recipe_text": recipe.get("text") or "",
+        "versions": _pairs(results.get("versions")),
+        "settings": _pairs(results.get("settings")),
+        "undefined": UNDEFINED,
+    }
+
+
+def _distinct(key: tuple[str, str], groups: Mapping[tuple[str, str], Group]) -> str:
+    """The label, with the method's name behind it where two methods share a label."""
+    method, label = key
+    shared = sum(other == label for _, other in groups) > 1
+    return f"{label} ({method})" if shared else label
+
+
+def _facts(results: Mapping[str, Any], num_tasks: int) -> list[tuple[str, str]]:
+    stream = results["stream"]
+    seeds = results.get("seeds") or []
+    facts = {
+        "Stream": stream.get("name"),
+        "Tasks": stream.get("num_tasks", num_tasks),
+        "Class order seed": stream.get("order_seed"),
+        "Seeds": ", ".join(str(seed) for seed in seeds),
+        "Device": results.get("device"),
+        "Threads": results.get("threads"),
+        "Created": results.get("created"),
+    }
+    return [(name, _text(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _charts(groups: Mapping[str, Group]) -> list[LineChart]:
+    accuracy = line_chart(
+        "Accuracy over the tasks seen so far", "accuracy %", _series(groups, "acc_step"), bounds=(0.0, 100.0)
+    )
+    forgetting = line_chart(
+        "Forgetting of earlier tasks", "forgetting, points", _series(groups, "forgetting"), bounds=(-100.0, 100.0)
+    )
+    return [chart for chart in (accuracy, forgetting) if chart is not None]
+
+
+def _series(groups: Mapping[str, Group], name: str) -> list[Series]:
+    """Mean and deviation over seeds of one curve, per method; a point is there when any seed has it."""
+    series = []
+    for label, group in groups.items():
+        points = zip(*(matrix.curves()[name] for _, matrix in group), strict=True)
+        measured = [[value for value in point if value is not None] for point in points]
+        statistics = [mean_and_deviation(values) if values else (None, None) for values in measured]
+        series.append(Series(label, [mean for mean, _ in statistics], [deviation for _, deviation in statistics]))
+    return series
+
+
+def _curve_table(groups: Mapping[str, Group], name: str) -> dict[str, Any]:
+    """The chart's numbers as text, for those who want to read or copy them."""
+    rows = []
+    for curve in _series(groups, name):
+        cells = []
+        for mean, deviation in zip(curve.means, curve.deviations, strict=True):
+            text = UNDEFINED if mean is None else f"{100.0 * mean:.2f}"
+            cells.append(text if deviation is None else f"{text} ± {100.0 * deviation:.2f}")
+        rows.append((curve.label, cells))
+    titles = {
+        "acc_step": "Accuracy % after each task (task mean)",
+        "forgetting": "Forgetting in points after each task",
+    }
+    return {"title": titles[name], "rows": rows}
+
+
+def _run_rows(groups: Mapping[str, Group]) -> list[list[str]]:
+    names = ("last", "last_samples", "avg", "avg_samples", "forgetting")
+    rows = []
+    for label, group in groups.items():
+        for run, matrix in group:
+            summary = matrix.summary()
+            rows.append([label, _text(run.get("seed")), *(_percent(summary[name]) for name in names)])
+    return rows
+
+
+def _heat_range(matrices: Sequence[tuple[str, HeatRows]]) -> tuple[float, float]:
+    """Ends of the colour scale that all matrices share, so that equal colours are equal numbers."""
+    cells = [cell for _, rows in matrices for _, row in rows for cell in row if cell is not None]
+    low = 10.0 * math.floor(min(cells, default=0.0) / 10.0 - 0.5)
+    return max(low, 0.0), 100.0
+
+
+def _mean_matrix(group: Group) -> HeatRows:
+    """Cell means in percent over the seeds that measured the cell; rows in which nothing was measured are left out."""
+    stack = np.stack([matrix.values for _, matrix in group])
+    measured = ~np.isnan(stack)
+    counts = measured.sum(axis=0)
+    sums = np.where(measured, stack, 0.0).sum(axis=0)
+    rows = [
+        [100.0 * float(total) / int(count) if count else None for total, count in zip(*pair, strict=True)]
+        for pair in zip(sums, counts, strict=True)
+    ]
+    return [(f"after {i + 1}", row) for i, row in enumerate(rows) if any(cell is not None for cell in row)]
+
+
+def _panels(label: str, group: Group) -> list[dict[str, Any]]:
+    """Per-layer numbers over tasks that a method recorded, averaged over seeds."""
+    panels = []
+    names = list(dict.fromkeys(name for run, _ in group for name in run.get("panels") or {}))
+    for name in names:
+        recorded = [run["panels"][name] for run, _ in group if name in (run.get("panels") or {})]
+        layers = list(dict.fromkeys(layer for panel in recorded for layer in panel))
+        rows = [(layer, _mean_list([panel[layer] for panel in recorded if layer in panel])) for layer in layers]
+        heading = HEADINGS.get(name, name.replace("_", " ").capitalize())
+        width = max((len(cells) for _, cells in rows), default=0)
+        greatest = max((cell for _, cells in rows for cell in cells if cell is not None), default=0.0)
+        padded = [(layer, cells + [None] * (width - len(cells))) for layer, cells in rows]
+        if width:
+            panels.append({"title": f"{heading}: {label}", "rows": padded, "width": width, "greatest": greatest or 1.0})
+    return panels
+
+
+def _mean_list(lists: Sequence[Sequence[float | None]]) -> list[float | None]:
+    length = max(len(numbers) for numbers in lists)
+    columns = [[numbers[i] for numbers in lists if i < len(numbers)] for i in range(length)]
+    measured = [[float(value) for value in column if value is not None] for column in columns]
+    return [sum(values) / len(values) if values else None for values in measured]
+
+
+def _tasks(stream: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    names = stream.get("task_names") or []
+    labels = stream.get("task_labels") or [[] for _ in names]
+    sizes = stream.get("sizes") or [None for _ in names]
+    return [
+        (str(name), ", ".join(str(word) for word in words), _text(size))
+        for name, words, size in zip(names, labels, sizes, strict=False)
+    ]
+
+
+def _published(entry: Mapping[str, Any]) -> list[str]:
+    """A published row; its numbers are percentages and stay as their source gives them."""
+    return [_text(entry.get(name)) for name in ("source", "setting", "last", "avg", "note")]
+
+
+def _pairs(mapping: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    return [(str(name), _text(value)) for name, value in (mapping or {}).items()]
+
+
+def _percent(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{100.0 * value:.2f}"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return UNDEFINED
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,146 @@
+"""The flat options a user gives, sorted into those of the method, the training, the model and the learner."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from everlora.errors import OptionError, UnsupportedError, nearest
+from everlora.methods import MethodSpec, method_spec
+from everlora.methods.registry import parse_options
+from everlora.training import TrainingOptions
+
+__all__ = ["SCENARIOS", "LearnerOptions", "ModelOptions", "Settings"]
+
+SCENARIOS = ("class_incremental", "domain_incremental", "task_incremental")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the pretrained model is used.
+
+    Attributes:
+        pooling: `auto`, by architecture, or `cls`, `mean`, `pooler`, `cls_mean`.
+        normalize: `processor`, the model's own pixel normalisation, or `unit`, pixels in [0, 1].
+        dtype: of the weights.
+        max_length: tokens a text is cut to; None takes what the model was made for.
+        image_size: pixels an image is resized to; None takes what the model was made for.
+    """
+
+    pooling: str = "auto"
+    normalize: Literal["processor", "unit"] = "processor"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    image_size: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """What the learner directory keeps.
+
+    Attributes:
+        keep_validation: rows of each class held out from training and kept, so that every task's accuracy can be
+            followed; 0 keeps none.
+        keep_states: `newest` keeps what the last two tasks carried on, `all` everything (deeper `rollback`).
+    """
+
+    keep_validation: Annotated[int, Field(ge=0)] = 0
+    keep_states: Literal["newest", "all"] = "newest"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options of a learner, validated.
+
+    Attributes:
+        method: the registered method and the options its name sets.
+        method_options: an instance of the method's options class.
+        training: how tasks are trained.
+        model: how the pretrained model is used.
+        learner: what the directory keeps.
+    """
+
+    method: MethodSpec
+    method_options: Any
+    training: TrainingOptions
+    model: ModelOptions
+    learner: LearnerOptions
+
+    @classmethod
+    def of(cls, method: str, options: Mapping[str, Any]) -> Settings:
+        """Sort flat options by name and validate them.
+
+        Raises:
+            OptionError: an unknown name (the nearest are given) or a value out of range.
+        """
+        spec = method_spec(method)
+        owners: dict[str, tuple[str, ...]] = {
+            "method": spec.option_names,
+            "training": _names(TrainingOptions),
+            "model": _names(ModelOptions),
+            "learner": _names(LearnerOptions),
+        }
+        parts: dict[str, dict[str, Any]] = {owner: {} for owner in owners}
+        for key, value in options.items():
+            owner = next((owner for owner, names in owners.items() if key in names), None)
+            if owner is None:
+                known = [name for names in owners.values() for name in names]
+                raise OptionError(f"there is no option '{key}' for method '{spec.name}'; {nearest(key, known)}")
+            parts[owner][key] = value
+        return cls.from_parts(spec, parts)
+
+    @classmethod
+    def from_parts(cls, spec: MethodSpec, parts: Mapping[str, Mapping[str, Any]]) -> Settings:
+        """Validate options that are sorted already, as `as_parts` returned them."""
+        return cls(
+            spec,
+            spec.options(parts["method"]),
+            parse_options(TrainingOptions, parts["training"], "training"),
+            parse_options(ModelOptions, parts["model"], "the model"),
+            parse_options(LearnerOptions, parts["learner"], "the learner"),
+        )
+
+    def as_parts(self) -> dict[str, dict[str, Any]]:
+        """Every option with its value, as plain JSON: later changes of a default do not touch a stored learner."""
+        return {
+            "method": _plain(self.method_options),
+            "training": _plain(self.training),
+            "model": _plain(self.model),
+            "learner": _plain(self.learner),
+        }
+
+    def with_training(self, changes: Mapping[str, Any]) -> Settings:
+        """Return the settings with other training options, for one task.
+
+        Raises:
+            OptionError: a name that is not a training option.
+        """
+        values = {**_plain(self.training), **changes}
+        return dataclasses.replace(self, training=parse_options(TrainingOptions, values, "training"))
+
+
+def check_scenario(scenario: str) -> str:
+    """Return the scenario's name in its plain spelling.
+
+    Raises:
+        OptionError: unknown; UnsupportedError: known, but for causal language models, which are not supported yet.
+    """
+    name = scenario.strip().lower().replace("-", "_")
+    if name == "language":
+        raise UnsupportedError("scenario 'language' (causal language models) is not supported yet; use an encoder.")
+    if name not in SCENARIOS:
+        raise OptionError(f"there is no scenario '{scenario}'; {nearest(name, SCENARIOS)}")
+    return name
+
+
+def _names(options_type: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(options_type))
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    values = dataclasses.asdict(options)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -1,0 +1,112 @@
+"""A method's memory as files of a learner directory, and back.
+
+`Method.state` is one flat mapping. Entries under `tasks/000/` were added by that task and are written once, in its
+folder: low-rank factors in PEFT's own layout, other tensors in `added.safetensors`, plain values in the task's record.
+Everything else is what the method carries on, and goes to `state/000`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everlora.export import factors_from_peft, factors_to_peft, lora_config
+from everlora.methods.base import State, task_key
+from everlora.store import LearnerStore
+
+__all__ = ["ADAPTER_FILE", "ADDED_FILE", "TaskFiles", "join_state", "split_state"]
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADDED_FILE = "added.safetensors"
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """What one task adds to a directory.
+
+    Attributes:
+        arrays: file name -> named arrays, for the task's folder.
+        documents: file name -> JSON object, for the task's folder.
+        values: plain values, for the task's record.
+        state_arrays: arrays the method carries on.
+        state_values: plain values the method carries on.
+    """
+
+    arrays: dict[str, Arrays] = field(default_factory=dict)
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    state_arrays: Arrays = field(default_factory=dict)
+    state_values: dict[str, Any] = field(default_factory=dict)
+
+
+def split_state(state: Mapping[str, Any], index: int, base_model: str) -> TaskFiles:
+    """Sort a method's state into the files of its newest task and what it carries on.
+
+    Args:
+        state: of the method, after task `index`.
+        index: the newest task; entries of earlier tasks are on disk already and are left out.
+        base_model: name of the base, for PEFT's configuration.
+    """
+    files = TaskFiles()
+    prefix = task_key(index, "")
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith(prefix + "adapter/"):
+            layer, side = key.removeprefix(prefix + "adapter/").rsplit("/", 1)
+            factors.setdefault(layer, {})[side] = value
+        elif key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            if isinstance(value, Tensor):
+                files.arrays.setdefault(ADDED_FILE, {})[name] = _array(value)
+            else:
+                files.values[name] = value
+        elif not key.startswith("tasks/"):
+            if isinstance(value, Tensor):
+                files.state_arrays[key] = _array(value)
+            else:
+                files.state_values[key] = value
+    if factors:
+        pairs = {layer: (sides["down"], sides["up"]) for layer, sides in factors.items()}
+        files.arrays[ADAPTER_FILE] = {name: _array(tensor) for name, tensor in factors_to_peft(pairs).items()}
+        files.documents[ADAPTER_CONFIG_FILE] = lora_config(pairs, base_model)
+    return files
+
+
+def join_state(store: LearnerStore) -> State:
+    """Read back, verified, what the method's `state` returned after the newest task.
+
+    Raises:
+        StoreError: a file is missing or changed.
+    """
+    state: State = {}
+    for entry in store.tasks:
+        task = store.read_task(entry.index)
+        for name, value in task.record["values"].items():
+            state[task_key(entry.index, name)] = value
+        if ADDED_FILE in task.manifest:
+            for name, array in task.arrays(ADDED_FILE).items():
+                state[task_key(entry.index, name)] = torch.from_numpy(np.array(array))
+        if ADAPTER_FILE in task.manifest:
+            tensors = {name: torch.from_numpy(np.array(array)) for name, array in task.arrays(ADAPTER_FILE).items()}
+            for layer, (down, up) in factors_from_peft(tensors).items():
+                state[task_key(entry.index, f"adapter/{layer}/down")] = down
+                state[task_key(entry.index, f"adapter/{layer}/up")] = up
+    if store.tasks:
+        arrays, values = store.read_state()
+        state.update({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+        state.update(values)
+    return state
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype in (torch.bfloat16, torch.float16):
+        plain = plain.float()
+    return plain.numpy()

@@ -1,0 +1,31 @@
+"""Data sets to streams of tasks: loading, class orders, splits. `augment` and `keyed` are the parts that need torch."""
+
+from everlora.streams.examples import Examples, Modality, concatenate
+from everlora.streams.images import cache_folder
+from everlora.streams.orders import class_order
+from everlora.streams.registry import NamedSource, list_sources, register_source
+from everlora.streams.source import Columns, LoadOptions, load_examples, load_splits
+from everlora.streams.splits import hold_out, take_per_class
+from everlora.streams.stream import Stream, Task, by_class, by_column, by_datasets
+
+__all__ = [
+    "Columns",
+    "Examples",
+    "LoadOptions",
+    "Modality",
+    "NamedSource",
+    "Stream",
+    "Task",
+    "by_class",
+    "by_column",
+    "by_datasets",
+    "cache_folder",
+    "class_order",
+    "concatenate",
+    "hold_out",
+    "list_sources",
+    "load_examples",
+    "load_splits",
+    "register_source",
+    "take_per_class",
+]

@@ -1,0 +1,196 @@
+"""From whatever a user names (a path, a hub id, a list, a data set) to labelled examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import datasets
+import numpy as np
+
+# The import registers the data sets that come with installed packages.
+from everlora.streams import digits as _digits  # noqa: F401
+from everlora.errors import DataError
+from everlora.streams.columns import Columns, find_columns, read_groups, read_labels, read_texts
+from everlora.streams.examples import Examples, Modality
+from everlora.streams.files import DATA_SUFFIXES, SPLIT_NAMES, read_path
+from everlora.streams.hub import is_hub_id, read_hub
+from everlora.streams.images import Progress, decode_images
+from everlora.streams.registry import find_source
+from everlora.streams.table import Source, Table, table_from_dataset, table_from_rows
+
+__all__ = ["Columns", "LoadOptions", "load_examples", "load_splits"]
+
+
+class LoadOptions(TypedDict, total=False):
+    """Options of `load_examples` and `load_splits`.
+
+    Attributes:
+        columns: columns named by the user; what is not named is found by type and name.
+        modality: `"image"` or `"text"` to insist on one; default: what the data holds.
+        require_labels: whether rows without a label column are an error (default True).
+        image_size: pixels of the common side of images; needed where their native sizes differ.
+        cache: folder of the cache of decoded images.
+        progress: called with (images done, images in all) while images are decoded.
+    """
+
+    columns: Columns | None
+    modality: Modality | None
+    require_labels: bool
+    image_size: int | None
+    cache: Path | None
+    progress: Progress | None
+
+
+def load_examples(data: Any, *, split: str = "train", **options: Unpack[LoadOptions]) -> Examples:
+    """Load one split of a data set.
+
+    Args:
+        data: a path (CSV, TSV, JSON, JSON Lines, Parquet, a folder of these, an image folder, a saved data set), a
+            hub id, a registered name such as `sklearn:digits`, a `datasets.Dataset` or `DatasetDict`, a list of
+            dicts, a mapping from split names to any of these, or `Examples`.
+        split: which split; data without splits is returned whole, whatever the name.
+        **options: see `LoadOptions`.
+
+    Returns:
+        The rows, with ids 0 to n - 1 in the source's order (a registered data set has its own ids).
+
+    Raises:
+        DataError: the data cannot be found, read or understood; the message names the file, row or column.
+    """
+    if isinstance(data, Examples):
+        return _checked(data, options)
+    named = _registered(data)
+    if named is not None:
+        return _checked(_pick(named, split, str(data)), options)
+    source = _read(data)
+    if not source.is_divided:
+        return _build(source.tables["train"], options)
+    return _build(_pick(source.tables, split, _origin(data)), options)
+
+
+def load_splits(data: Any, **options: Unpack[LoadOptions]) -> dict[str, Examples]:
+    """Load every split of a data set.
+
+    Args:
+        data: as for `load_examples`.
+        **options: see `LoadOptions`.
+
+    Returns:
+        `"train"` and, where the source has them, `"validation"` and `"test"`; splits of other names are left out.
+
+    Raises:
+        DataError: as for `load_examples`, or the source has no train split.
+    """
+    if isinstance(data, Examples):
+        return {"train": _checked(data, options)}
+    named = _registered(data)
+    if named is not None:
+        return {split: _checked(examples, options) for split, examples in named.items()}
+    tables = _read(data).tables
+    _pick(tables, "train", _origin(data))
+    return {split: _build(tables[split], options) for split in ("train", "validation", "test") if split in tables}
+
+
+def _read(data: Any) -> Source:
+    if isinstance(data, datasets.DatasetDict) or (isinstance(data, Mapping) and set(data) <= set(SPLIT_NAMES)):
+        return _read_mapping(data)
+    if isinstance(data, datasets.Dataset):
+        return Source({"train": table_from_dataset(data, "the data set")}, is_divided=False)
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError("a streamed data set has no fixed rows; load it with streaming=False")
+    if isinstance(data, str | os.PathLike):
+        return _read_name(os.fspath(data))
+    if isinstance(data, Sequence):
+        return Source({"train": table_from_rows(data, "the list of rows")}, is_divided=False)
+    raise DataError(f"a {type(data).__name__} is no data set; give a path, a list of dicts or a datasets.Dataset")
+
+
+def _read_mapping(data: Mapping[str, Any]) -> Source:
+    tables: dict[str, Table] = {}
+    for name, part in data.items():
+        inner = _read(part)
+        table = inner.tables["train"]
+        split = SPLIT_NAMES.get(str(name).lower(), str(name))
+        tables[split] = Table(f"{table.origin} ({name})", table.columns, table.num_rows, table.folder)
+    if not tables:
+        raise DataError("the data set has no splits; give at least a train split")
+    return Source(tables, is_divided=True)
+
+
+def _read_name(name: str) -> Source:
+    path = Path(name).expanduser()
+    if path.exists():
+        return read_path(path)
+    if is_hub_id(name) and not isinstance(name, bytes):
+        return read_hub(name)
+    raise DataError(f"{name} does not exist; give a file ({', '.join(DATA_SUFFIXES)}), a folder or a hub id")
+
+
+def _registered(data: Any) -> dict[str, Examples] | None:
+    if isinstance(data, str) and ":" in data and not Path(data).exists() and "/" not in data and "\\" not in data:
+        return find_source(data).load()
+    return None
+
+
+def _pick(parts: Mapping[str, Any], split: str, origin: str) -> Any:
+    wanted = SPLIT_NAMES.get(split, split)
+    if wanted not in parts:
+        raise DataError(f"{origin} has no {wanted} split, only {', '.join(parts)}; add it or choose another")
+    return parts[wanted]
+
+
+def _origin(data: Any) -> str:
+    return str(data) if isinstance(data, str | os.PathLike) else "the data set"
+
+
+def _checked(examples: Examples, options: LoadOptions) -> Examples:
+    """Hold ready-made examples to the same demands as data read from files."""
+    if not len(examples):
+        raise DataError("the set of examples is empty; give at least one row")
+    if options.get("require_labels", True) and examples.labels is None:
+        raise DataError("the examples carry no labels; give labelled examples")
+    modality = options.get("modality")
+    if modality is not None and modality != examples.modality:
+        raise DataError(f"the examples are {examples.modality}s, but {modality}s are needed; give other data or model")
+    return examples
+
+
+def _build(table: Table, options: LoadOptions) -> Examples:
+    if not table.num_rows:
+        raise DataError(f"{table.origin} holds no rows; give at least one")
+    found = find_columns(
+        table,
+        options.get("columns") or Columns(),
+        modality=options.get("modality"),
+        require_labels=options.get("require_labels", True),
+    )
+    labels, class_names = (None, None) if found.label is None else read_labels(table, found.label)
+    if found.modality == "text":
+        inputs: Any = read_texts(table, found.input)
+    else:
+        inputs = decode_images(
+            _image_records(table, found.input),
+            table.origin,
+            folder=table.folder,
+            image_size=options.get("image_size"),
+            cache=options.get("cache"),
+            progress=options.get("progress"),
+        )
+    return Examples(
+        modality=found.modality,
+        inputs=inputs,
+        labels=labels,
+        ids=np.arange(table.num_rows, dtype=np.int64),
+        groups=None if found.task is None else read_groups(table, found.task),
+        class_names=class_names,
+    )
+
+
+def _image_records(table: Table, name: str) -> list[Any]:
+    column = table.columns[name]
+    if column.kind not in ("image", "text"):
+        raise DataError(f"{table.origin}: column '{name}' holds no images; name the column with --image-column")
+    return column.to_list()

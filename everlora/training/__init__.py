@@ -1,0 +1,6 @@
+"""Teaching one task to a method: the options and the loop."""
+
+from everlora.training.loop import Progress, TaskData, TaskTrainer, TrainingReport
+from everlora.training.options import TrainingOptions
+
+__all__ = ["Progress", "TaskData", "TaskTrainer", "TrainingOptions", "TrainingReport"]

@@ -1,0 +1,76 @@
+"""How a task is trained: epochs, optimiser, learning rates, augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+__all__ = ["TrainingOptions", "make_optimizer", "rate_factor"]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a task is trained.
+
+    Attributes:
+        epochs: passes over a task's rows.
+        batch_size: rows in an optimiser step.
+        eval_batch_size: rows in a forward pass without gradients.
+        optimizer: `adam`, `adamw` or `sgd`; made anew for each task.
+        lr: learning rate of the adapters.
+        head_lr: learning rate of the heads; None takes `lr`.
+        momentum: of `sgd`.
+        weight_decay: of the optimiser.
+        lr_schedule: per epoch: `cosine99` (official InfLoRA, ends at 1.6 % of `lr`), `cosine` (to 0), `steps` (a tenth
+            at each of `milestones`), `constant`.
+        milestones: epochs at which `steps` cuts the rate.
+        augment: augmentation of images; `auto` is `crop_flip` for small images, `resized_crop_flip` above 64 pixels.
+        precision: `float32`, or `bfloat16` for autocast.
+        dropout: False keeps dropout off while training, as the official InfLoRA code does.
+        seed: seed of all randomness.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 5
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    eval_batch_size: Annotated[int, Field(ge=1)] = 256
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    head_lr: Annotated[float, Field(gt=0)] | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr_schedule: Literal["cosine99", "cosine", "constant", "steps"] = "cosine99"
+    milestones: tuple[int, ...] = ()
+    augment: Literal["auto", "none", "flip", "crop_flip", "resized_crop_flip"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    dropout: bool = True
+    seed: int = 1993
+
+
+def rate_factor(options: TrainingOptions, epoch: int) -> float:
+    """Learning rate of an epoch over the initial one (section 9 of the InfLoRA reference for `cosine99`)."""
+    last = options.epochs - 1
+    if options.lr_schedule == "cosine99":
+        return math.cos(99 * math.pi * epoch / (200 * last)) if last else 1.0
+    if options.lr_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * epoch / options.epochs))
+    if options.lr_schedule == "steps":
+        return 0.1 ** sum(epoch >= milestone for milestone in options.milestones)
+    return 1.0
+
+
+def make_optimizer(options: TrainingOptions, groups: Mapping[str, Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
+    """Make the optimiser of one task; `head` parameters get their own learning rate."""
+    head_lr = options.lr if options.head_lr is None else options.head_lr
+    sets: list[dict[str, Any]] = [
+        {"params": list(params), "lr": head_lr if name == "head" else options.lr} for name, params in groups.items()
+    ]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(sets, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+    return kind(sets, lr=options.lr, weight_decay=options.weight_decay)
