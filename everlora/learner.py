@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import everlora
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
-from everlora.errors import DataError, ModelError, OptionError
+from everlora.errors import DataError, ModelError, OptionError, nearest
 from everlora.evaluation import Evaluator
-from everlora.export import export_merged, export_peft
+from everlora.export import ExportHead, ExportReport, export_merged, export_peft
 from everlora.kept_rows import KEPT_FILE, pack_rows, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
@@ -45,6 +45,8 @@ class Learner:
 
     def __init__(self, store: LearnerStore, *, model: str | Path | None, device: str | None) -> None:
         self.path = store.root
+        self._store = store
+        self._stale = False
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model_source = model
         self._load(store)
@@ -211,7 +213,9 @@ class Learner:
             return evaluator.evaluate(self._examples(dataset), [entry.name for entry in self.tasks], self._labels)
         kept = {index: rows for index in range(len(self.tasks)) if (rows := self._kept_rows(index)) is not None}
         if not kept:
-            raise DataError(f"{self.path} keeps no validation rows; give a data set, or create it with keep_validation.")
+            raise DataError(
+                f"{self.path} keeps no validation rows; give a data set, or create it with keep_validation."
+            )
         counts = {self.tasks[index].name: self._count(evaluator, index, rows) for index, rows in kept.items()}
         return Evaluator.summary(counts)
 
@@ -224,25 +228,29 @@ class Learner:
         evaluator = self._evaluator()
         return [self._count(evaluator, index, rows) for index, rows in tasks]
 
-    def export(self, path: str | Path, format: str = "merged") -> Path:
+    def export(self, path: str | Path, format: str = "merged") -> ExportReport:
         """Hand the model on to plain tools.
 
         Args:
             path: a new folder.
             format: `merged`, an ordinary model of the base's own kind, or `peft`, an adapter for the base.
 
+        Returns:
+            What was written, and the largest difference of its logits from the learner's on a few inputs.
+
         Raises:
             OptionError: unknown format.
             DataError: nothing was learned yet.
+            UnsupportedError: the model or the method cannot be written in this form.
         """
         self._require_tasks()
         writers = {"merged": export_merged, "peft": export_peft}
         if format not in writers:
-            raise OptionError(f"there is no export format '{format}'; known: merged, peft")
-        head = self.method.head_rows()
-        return writers[format](
-            self.backbone, self.method.layers(), head, self.classes, path, card=self.card(),
-        )
+            raise OptionError(f"there is no export format '{format}'; {nearest(format, writers)}")
+        rows = self.method.head_rows()
+        labels = tuple(self.classes[c] for c in rows.classes)
+        head = ExportHead(rows.weight.numpy(), rows.bias.numpy(), labels, normalize=rows.normalize)
+        return writers[format](self.backbone, self.method.layers(), head, path, card=self.card())
 
     def rollback(self, to_task: int) -> tuple[TaskEntry, ...]:
         """Go back to the moment after the first `to_task` tasks; later ones move to `removed/`.
@@ -286,9 +294,8 @@ class Learner:
         self.classes = list(dict.fromkeys(label for labels in self._labels for label in labels))
         self._label_kind = records[-1]["label_kind"] if records else None
         self._columns = Columns.from_mapping(header["columns"])
-        self._store = store
-        self._stale = False
         self._kept: dict[int, Examples | None] = {}
+        self._store, self._stale = store, False
 
     def _learn(
         self,
@@ -412,7 +419,9 @@ class Learner:
         if inputs and isinstance(inputs[0], Mapping):
             return load_examples(list(inputs), columns=self._columns, **options)
         column = self.backbone.modality
-        return load_examples([{column: item} for item in inputs], columns=Columns.from_mapping({column: column}), **options)
+        return load_examples(
+            [{column: item} for item in inputs], columns=Columns.from_mapping({column: column}), **options
+        )
 
     def _kept_rows(self, index: int) -> Examples | None:
         if index not in self._kept:
@@ -433,7 +442,9 @@ class Learner:
         names = [entry.name for entry in self.tasks]
         if task is None:
             if self.scenario == "task_incremental":
-                raise OptionError("a task-incremental learner needs the task of the inputs; give task=, one of: " + ", ".join(names))
+                raise OptionError(
+                    "a task-incremental learner needs the task of the inputs; give task=, one of: " + ", ".join(names)
+                )
             return None
         if isinstance(task, int) and 0 <= task < len(names):
             return task

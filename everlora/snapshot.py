@@ -15,14 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everlora.export import factors_from_peft, factors_to_peft, lora_config
 from everlora.methods.base import State, task_key
+from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_peft_tensors, lora_config, to_peft_tensors
 from everlora.store import LearnerStore
 
-__all__ = ["ADAPTER_FILE", "ADDED_FILE", "TaskFiles", "join_state", "split_state"]
+__all__ = ["ADDED_FILE", "TaskFiles", "join_state", "split_state"]
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADDED_FILE = "added.safetensors"
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
@@ -73,9 +71,11 @@ def split_state(state: Mapping[str, Any], index: int, base_model: str) -> TaskFi
             else:
                 files.state_values[key] = value
     if factors:
-        pairs = {layer: (sides["down"], sides["up"]) for layer, sides in factors.items()}
-        files.arrays[ADAPTER_FILE] = {name: _array(tensor) for name, tensor in factors_to_peft(pairs).items()}
-        files.documents[ADAPTER_CONFIG_FILE] = lora_config(pairs, base_model)
+        pairs = {layer: (_array(sides["down"]), _array(sides["up"])) for layer, sides in factors.items()}
+        files.arrays[ADAPTER_WEIGHTS] = to_peft_tensors(pairs)
+        ranks = {layer: len(down) for layer, (down, _) in pairs.items()}
+        if any(ranks.values()):  # a task without a single free direction has no adapter that PEFT could describe
+            files.documents[ADAPTER_CONFIG] = lora_config(ranks, base_model=base_model)
     return files
 
 
@@ -90,14 +90,13 @@ def join_state(store: LearnerStore) -> State:
         task = store.read_task(entry.index)
         for name, value in task.record["values"].items():
             state[task_key(entry.index, name)] = value
-        if ADDED_FILE in task.manifest:
+        if ADDED_FILE in task.files:
             for name, array in task.arrays(ADDED_FILE).items():
                 state[task_key(entry.index, name)] = torch.from_numpy(np.array(array))
-        if ADAPTER_FILE in task.manifest:
-            tensors = {name: torch.from_numpy(np.array(array)) for name, array in task.arrays(ADAPTER_FILE).items()}
-            for layer, (down, up) in factors_from_peft(tensors).items():
-                state[task_key(entry.index, f"adapter/{layer}/down")] = down
-                state[task_key(entry.index, f"adapter/{layer}/up")] = up
+        if ADAPTER_WEIGHTS in task.files:
+            for layer, (down, up) in from_peft_tensors(task.arrays(ADAPTER_WEIGHTS)).items():
+                state[task_key(entry.index, f"adapter/{layer}/down")] = torch.from_numpy(np.array(down))
+                state[task_key(entry.index, f"adapter/{layer}/up")] = torch.from_numpy(np.array(up))
     if store.tasks:
         arrays, values = store.read_state()
         state.update({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})

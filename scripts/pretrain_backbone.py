@@ -17,22 +17,20 @@ a busy machine still ends with a learning rate of zero. The weights are exported
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import logging
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as parquet
 import torch
-from PIL import Image
+from backbone_data import augment, normalise, read_images
+from backbone_report import public_command, report
+from muon import Muon
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,86 +39,6 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 FOLDER = Path(__file__).resolve().parents[1] / "everlora" / "weights" / "vit-tiny-imagenet-32"
 IMAGE_SIZE = 32
 logger = logging.getLogger("everlora.pretrain")
-
-
-# ------------------------------------------------------------------------------------------------- data
-
-
-def read_images(folder: Path, split: str, label_column: str, cache: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Decode one split of a parquet image set once, and keep the pixels as `.npy` in `cache`.
-
-    Args:
-        folder: holds `{split}-*.parquet` with columns `image` (bytes) and `label_column`.
-        split: the first word of the files' names.
-        label_column: an integer column whose names stand in the file's own metadata.
-        cache: folder for the decoded pixels.
-
-    Returns:
-        pixels `(n, 3, 32, 32)` uint8, labels `(n,)` int64, and the class names.
-    """
-    files = sorted(folder.glob(f"{split}-*.parquet"))
-    tables = [parquet.read_table(file) for file in files]
-    labels = np.concatenate([np.asarray(table[label_column]) for table in tables])
-    metadata = json.loads(tables[0].schema.metadata[b"huggingface"])
-    names: list[str] = metadata["info"]["features"][label_column]["names"]
-    cached = cache / f"{folder.name}-{split}.npy"
-    if not cached.exists():
-        cells = (cell["bytes"].as_py() for table in tables for cell in table["image"])
-        decoded = np.stack([np.asarray(Image.open(io.BytesIO(cell)).convert("RGB")) for cell in cells])
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, decoded.transpose(0, 3, 1, 2))
-        partial.replace(cached)
-    return torch.from_numpy(np.load(cached)), torch.from_numpy(labels.astype(np.int64)), names
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """Map uint8 pixels to [-1, 1], as the image processor does with mean and deviation 0.5."""
-    return pixels.float().div_(127.5).sub_(1.0)
-
-
-def augment(images: Tensor, options: argparse.Namespace) -> Tensor:
-    """Flip, shift by up to `options.shift` pixels, zoom and erase: one draw per image, the whole batch at once.
-
-    Args:
-        images: `(n, 3, 32, 32)` float in [-1, 1].
-        options: `shift`, `min_scale` (area kept by the zoom; 1 is no zoom), `erase` (probability).
-
-    Returns:
-        `(n, 3, 32, 32)`.
-    """
-    count, _, _, size = images.shape
-    device = images.device
-    if options.min_scale < 1.0:
-        side = (torch.rand(count, 1, device=device) * (1 - options.min_scale) + options.min_scale).sqrt()
-        side = side * torch.exp((torch.rand(count, 2, device=device) - 0.5) * 0.5)
-        side = side.clamp(max=1.0)
-        offset = (torch.rand(count, 2, device=device) * 2 - 1) * (1 - side)
-        theta = torch.zeros(count, 2, 3, device=device)
-        theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side[:, 0], side[:, 1], offset
-        grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
-        images = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    if options.shift:
-        padded = functional.pad(images, (options.shift,) * 4, mode="reflect")
-        start = torch.randint(0, 2 * options.shift + 1, (2, count, 1), device=device)
-        line = torch.arange(size, device=device)
-        rows, columns = start[0] + line, start[1] + line
-        # An index per image and pixel: one gather, where a loop over the batch would take as long as the network.
-        index = rows[:, None, :, None], columns[:, None, None, :]
-        images = padded[torch.arange(count, device=device)[:, None, None, None], torch.arange(3)[:, None, None], *index]
-    flip = torch.rand(count, 1, 1, 1, device=device) < 0.5
-    images = torch.where(flip, images.flip(3), images)
-    if options.erase > 0:
-        box = torch.randint(4, 17, (2, count, 1), device=device)
-        corner = (torch.rand(2, count, 1, device=device) * (size + 1 - box)).long()
-        line = torch.arange(size, device=device)
-        inside = (line >= corner) & (line < corner + box)
-        hit = torch.rand(count, 1, 1, device=device) < options.erase
-        images = images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :] & hit)[:, None], 0.0)
-    return images
-
-
-# ------------------------------------------------------------------------------------------------ model
 
 
 def sinusoidal_positions(grid: int, width: int) -> Tensor:
@@ -196,64 +114,6 @@ def forward(model: ViTForImageClassification, images: Tensor, keep: float) -> Te
     return logits
 
 
-# -------------------------------------------------------------------------------------------- optimiser
-
-
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return roughly `U V^T` of every `U S V^T`, by the quintic Newton-Schulz iteration in the input's own precision.
-
-    Args:
-        matrices: `(n, rows, columns)` with `rows <= columns`; one batched product for all, since small ones one by
-            one leave a CPU's threads waiting.
-        steps: iterations.
-
-    Returns:
-        `(n, rows, columns)`, singular values near 1.
-
-    Source: Jordan et al., "Muon", 2024, with its coefficients. In float32 rather than bfloat16: CPUs without bfloat16
-    units are an order of magnitude slower in it.
-    """
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose step is orthogonalised, for the matrices of the hidden layers; sized so that AdamW's rates fit.
-
-    Source: Jordan et al., "Muon", 2024; the factor `0.2 sqrt(max(rows, columns))` is that of Liu et al., 2025.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every matrix from its gradient, those of one shape together."""
-        for group in self.param_groups:
-            shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                shapes.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
-            for shape, parameters in shapes.items():
-                directions = torch.stack([self._direction(p, group["momentum"]) for p in parameters])
-                scale = group["lr"] * 0.2 * math.sqrt(shape[1])
-                for parameter, change in zip(parameters, orthogonalise(directions), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(change.T if parameter.shape[0] > parameter.shape[1] else change, alpha=-scale)
-
-    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Return the Nesterov momentum of one matrix, transposed where it is taller than wide."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        direction: Tensor = parameter.grad.lerp(state["momentum"], momentum)
-        return direction.T if direction.shape[0] > direction.shape[1] else direction
-
-
 def build_optimizers(model: ViTForImageClassification, options: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Return Muon for the hidden matrices and AdamW for the rest (embeddings, norms, biases, classifier)."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
@@ -264,9 +124,6 @@ def build_optimizers(model: ViTForImageClassification, options: argparse.Namespa
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
     return [Muon(matrices, options.lr, options.weight_decay), adamw]
-
-
-# --------------------------------------------------------------------------------------------- training
 
 
 @dataclass
@@ -304,12 +161,14 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
         yield from order[: count - count % size].split(size)
 
 
-def batch_loss(model: ViTForImageClassification, pixels: Tensor, labels: Tensor, keep: float, options: argparse.Namespace) -> Tensor:
+def batch_loss(
+    model: ViTForImageClassification, pixels: Tensor, labels: Tensor, keep: float, options: argparse.Namespace
+) -> Tensor:
     """Return the cross-entropy with label smoothing on one augmented batch, mixed with itself when `mixup` is set."""
     images = augment(normalise(pixels), options)
     share, partner = 1.0, labels
     if options.mixup > 0:
-        share = float(np.random.default_rng(int(labels.sum())).beta(options.mixup, options.mixup))
+        share = float(torch.distributions.Beta(options.mixup, options.mixup).sample())
         order = torch.randperm(len(labels), device=labels.device)
         images, partner = share * images + (1 - share) * images[order], labels[order]
     with torch.autocast(images.device.type, torch.bfloat16, enabled=options.autocast):
@@ -379,7 +238,7 @@ def training_facts(
     seen = clock.step * options.batch_size
     return {
         "finished": done,
-        "command": "python scripts/pretrain_backbone.py " + shlex.join(public_arguments(sys.argv[1:])),
+        "command": public_command(sys.argv),
         "seconds": round(clock.seconds(), 1),
         "device": device_name(options.device),
         "threads": torch.get_num_threads(),
@@ -395,20 +254,12 @@ def training_facts(
     }
 
 
-def public_arguments(arguments: list[str]) -> list[str]:
-    """Shorten every absolute path of a command line to its last part: the card names no machine's folders."""
-    return [Path(word).name if word.startswith(os.sep) else word for word in arguments]
-
-
 def device_name(device: str) -> str:
     """Return the accelerator's or the processor's name."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-
-
-# ----------------------------------------------------------------------------------------------- export
 
 
 def export(model: ViTForImageClassification, facts: dict[str, object], out: Path) -> None:
@@ -439,9 +290,6 @@ def export(model: ViTForImageClassification, facts: dict[str, object], out: Path
     logger.info("exported to %s after %s s", out, facts["seconds"])
 
 
-# ------------------------------------------------------------------------------------------------- main
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -459,11 +307,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in numbers.items():
         run.add_argument(f"--{name}", type=type(value), default=value, help=" ")
     run.add_argument("--autocast", action="store_true", help="bfloat16 autocast, for GPUs")
-    run.add_argument("--limit", type=int, default=None, help="use only the first images, to try the script")
     for verb in (run, verbs.add_parser("report", formatter_class=argparse.ArgumentDefaultsHelpFormatter)):
         verb.add_argument("--data", type=Path, required=True, help="folder of Tiny ImageNet at 32x32, in parquet")
         verb.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "everlora", help="decoded pixels")
         verb.add_argument("--out", type=Path, default=FOLDER, help="the packaged folder")
+        verb.add_argument(
+            "--limit", type=int, default=None, help="only the first images of each set, to try the script"
+        )
         verb.add_argument("--device", default="cpu", help=" ")
         verb.add_argument("--threads", type=int, default=2, help="CPU threads")
     verbs.choices["report"].add_argument("--cifar", type=Path, required=True, help="folder of CIFAR-100, in parquet")
@@ -475,7 +325,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options = parse(sys.argv[1:])
     torch.set_num_threads(options.threads)
-    {"train": train}[options.verb](options)
+    {"train": train, "report": report}[options.verb](options)
 
 
 if __name__ == "__main__":

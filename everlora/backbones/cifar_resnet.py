@@ -41,7 +41,8 @@ class _Block(nn.Module):
         out = self.bn2(self.conv2(out))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         half = self.new_channels // 2
-        return F.relu(out + F.pad(shortcut, (0, 0, 0, 0, half, self.new_channels - half)))
+        result: Tensor = F.relu(out + F.pad(shortcut, (0, 0, 0, 0, half, self.new_channels - half)))
+        return result
 
 
 class CifarResNet(nn.Module):
@@ -67,7 +68,8 @@ class CifarResNet(nn.Module):
         """Map normalised images `(n, 3, 32, 32)` to pooled features `(n, 64)`."""
         out = F.relu(self.bn1(self.conv1(pixel_values)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        return out.mean(dim=(2, 3))
+        pooled: Tensor = out.mean(dim=(2, 3))
+        return pooled
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map normalised images `(n, 3, 32, 32)` to the logits `(n, num_classes)` of the original classes."""
@@ -89,7 +91,7 @@ class CifarResNetBackbone(Backbone):
     @property
     def default_targets(self) -> tuple[str, ...]:
         """The 3x3 convolutions of the blocks, the stem left alone."""
-        return ("layer*.conv1", "layer*.conv2")
+        return (r"layer\d+\.\d+\.conv[12]",)
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute `(n, 64)` float32 features of `batch["pixel_values"]`."""

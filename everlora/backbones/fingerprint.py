@@ -16,7 +16,7 @@ __all__ = ["cache_folder", "model_fingerprint", "model_files"]
 
 logger = logging.getLogger("everlora.backbones")
 
-_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+_PATTERNS = ("config.json", "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*")
 _CACHE_FILE = "fingerprints.json"
 _CHUNK_BYTES = 1 << 20
 
@@ -51,7 +51,9 @@ def model_fingerprint(folder: str | Path, *, use_cache: bool = True) -> str:
     root = Path(folder)
     files = model_files(root)
     if not any(path.suffix in (".safetensors", ".bin") for path in files):
-        raise ModelError(f"expected model weights (*.safetensors) in {root}, found none; name the folder that has them")
+        raise ModelError(
+            f"expected model weights (model.safetensors) in {root}, found none; name the folder that has them"
+        )
     cache = _read_cache() if use_cache else {}
     known = dict(cache)
     digest = hashlib.sha256()

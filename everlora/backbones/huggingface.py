@@ -23,7 +23,7 @@ from everlora.backbones.pooling import pool, pooled_width
 from everlora.backbones.texts import TextInputs
 from everlora.errors import ModelError, OptionError
 
-__all__ = ["HuggingFaceBackbone", "load_huggingface", "quiet_transformers"]
+__all__ = ["HuggingFaceBackbone", "accepts", "load_huggingface", "quiet_transformers"]
 
 logger = logging.getLogger("everlora.backbones")
 
@@ -164,7 +164,7 @@ def _load_encoder(folder: Path, config: Any, facts: Architecture, *, pooler: boo
     if facts.loader == "AutoModel":
         options["config"] = config
         model_class = _guarded(folder, transformers.MODEL_MAPPING.__getitem__, type(config))
-        if not isinstance(model_class, tuple) and _accepts(model_class.__init__, "add_pooling_layer"):
+        if not isinstance(model_class, tuple) and accepts(model_class, "add_pooling_layer"):
             options["add_pooling_layer"] = pooler
     with torch.random.fork_rng(devices=[]):  # starting values of absent layers must not move the caller's randomness
         model, info = _guarded(folder, loader.from_pretrained, folder, **options)
@@ -177,7 +177,8 @@ def _load_encoder(folder: Path, config: Any, facts: Architecture, *, pooler: boo
     return model
 
 
-def _accepts(function: Any, name: str) -> bool:
+def accepts(function: Any, name: str) -> bool:
+    """Whether a function names the argument `name`."""
     return name in inspect.signature(function).parameters
 
 
@@ -226,7 +227,7 @@ def _needs_interpolation(model: Any, size: int | None, source: str) -> bool:
     native = getattr(model.config, "image_size", None)
     if not isinstance(native, int) or size in (None, native):
         return False
-    if _accepts(model.forward, "interpolate_pos_encoding"):
+    if accepts(model.forward, "interpolate_pos_encoding"):
         return True
     # Several architectures interpolate by themselves; the others must be refused before training starts.
     with torch.no_grad():

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, Debug, Folder, Settings, columns_from, parse_settings
+from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder, Settings, columns_from, parse_settings
 from everlora.cli.progress import StageProgress
 
+if TYPE_CHECKING:
+    from everlora.results import TaskResult
+
 __all__ = ["init", "learn"]
+
+TaskSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a training option for this task only. Repeat for more."),
+]
 
 
 def init(
@@ -54,11 +62,13 @@ def init(
     if model is not None:
         options["model"] = model
     columns = columns_from(text=text_column, image=image_column, label=label_column, task=task_column)
+    from everlora.status import read_status
+
     with StageProgress():
         from everlora.learner import Learner
 
-        learner = Learner.create(folder, method=method, scenario=scenario, columns=columns, **options)
-        report = learner.status()
+        Learner.create(folder, method=method, scenario=scenario, columns=columns, **options)
+    report = read_status(folder)
     if as_json:
         output.emit_json(report)
         return
@@ -80,30 +90,34 @@ def learn(
     validation: Annotated[
         str | None, typer.Option("--validation", metavar="DATA", help="Labelled rows to measure on, never learnt from.")
     ] = None,
+    model: BaseModel = None,
+    settings: TaskSettings = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Teach a learner the next task, from data whose labels may be new, known or mixed."""
+    options = parse_settings(settings)
     with StageProgress() as progress:
         from everlora.learner import Learner
 
-        learner = Learner.open(folder)
-        result = learner.learn(data, name=name, validation=validation, progress=progress)
+        learner = Learner.open(folder, model=model)
+        result = learner.learn(data, name=name, validation=validation, progress=progress, **options)
     if as_json:
         output.emit_json(result)
         return
     _print_task(result)
 
 
-def _print_task(result: Any) -> None:
+def _print_task(result: TaskResult) -> None:
     output.line(
-        f"Task {result.index + 1} '{result.name}': learnt {result.num_examples} rows of {len(result.labels)} labels "
+        f"Task {result.index + 1} '{result.name}': learned {result.num_examples} rows of {len(result.labels)} labels "
         f"in {output.duration(result.seconds)} ({result.steps} steps)."
     )
-    output.line(f"New labels ({len(result.new_labels)}): {output.listing(result.new_labels) or '-'}")
+    output.line(f"New labels ({len(result.new_labels)}): {output.listing(result.new_labels) or 'none'}")
     if result.known_labels:
         output.line(f"Known labels ({len(result.known_labels)}): {output.listing(result.known_labels)}")
-    accuracies = result.metrics.get("per_task") or {}
-    if accuracies:
-        rows = [(str(task), output.percent(value)) for task, value in accuracies.items()]
-        output.table(("task", "accuracy %"), rows, title="On rows kept back")
+    if result.num_truncated:
+        output.line(f"Texts longer than the model takes, cut to its length: {result.num_truncated}")
+    if result.metrics:
+        rows = [(task, output.percent(accuracy)) for task, accuracy in result.metrics.items()]
+        output.table(("task", "accuracy %"), rows, title="On the rows kept back")

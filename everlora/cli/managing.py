@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, Debug, Folder
+from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder
 from everlora.cli.progress import StageProgress
 
 __all__ = ["export", "rollback", "status"]
@@ -27,12 +27,18 @@ def status(folder: Folder, *, as_json: AsJson = False, debug: Debug = False) -> 
 
 
 def _print_status(folder: Path, report: Mapping[str, Any]) -> None:
-    tasks = report["tasks"]
+    tasks, labels = report["tasks"], report["labels"]
     output.line(f"{folder}: {report['method']}, {report['scenario']}, model {report['model']}")
-    labels = report.get("labels", [])
-    output.line(f"{len(tasks)} tasks, {len(labels)} labels: {output.listing(labels) or '-'}")
-    if tasks:
-        output.table(_STATUS_COLUMNS, [_status_row(task) for task in tasks])
+    output.line(
+        f"{output.count(len(tasks), 'task')}, {output.count(len(labels), 'label')}: {output.listing(labels) or '-'}"
+    )
+    if not tasks:
+        return
+    output.table(_STATUS_COLUMNS, [_status_row(task) for task in tasks])
+    if report["accuracy_now"] is None:
+        output.line("No rows were kept back to follow the accuracy; 'init --keep-validation N' keeps some.")
+    else:
+        output.line(f"Mean accuracy now: {output.percent(report['accuracy_now'])} % on the rows kept back.")
 
 
 _STATUS_COLUMNS = ("task", "name", "rows", "new labels", "known labels", "time", "when learnt %", "now %", "change")
@@ -42,7 +48,7 @@ def _status_row(task: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         str(task["index"] + 1),
         task["name"],
-        str(task["num_examples"]),
+        _or_dash(task["num_examples"]),
         str(len(task["new_labels"])),
         output.listing(task["known_labels"], most=4) or "-",
         output.duration(task.get("seconds")),
@@ -52,10 +58,15 @@ def _status_row(task: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
 def export(
     folder: Folder,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new or empty.")],
     *,
+    model: BaseModel = None,
     layout: Annotated[
         str,
         typer.Option("--format", help="merged: a plain transformers model; peft: an adapter folder for PEFT."),
@@ -67,7 +78,7 @@ def export(
     with StageProgress():
         from everlora.learner import Learner
 
-        learner = Learner.open(folder, write=False)
+        learner = Learner.open(folder, model=model)
         written = learner.export(target, format=layout)
     if as_json:
         output.emit_json({"path": written, "format": layout})
@@ -79,17 +90,22 @@ def rollback(
     folder: Folder,
     *,
     to_task: Annotated[int, typer.Option("--to-task", metavar="N", min=0, help="Keep the first N tasks.")],
+    model: BaseModel = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Go back to the learner as it was after its first N tasks; later ones move to the folder 'removed'."""
+    from everlora.status import read_status
+
     with StageProgress():
         from everlora.learner import Learner
 
-        learner = Learner.open(folder)
-        learner.rollback(to_task=to_task)
-        report = learner.status()
+        removed = Learner.open(folder, model=model).rollback(to_task)
+    report = read_status(folder)
     if as_json:
         output.emit_json(report)
         return
-    output.line(f"{folder} holds {len(report['tasks'])} tasks again; what came later lies in {folder / 'removed'}.")
+    output.line(f"{folder} is as it was after {output.count(len(report['tasks']), 'task')}.")
+    if removed:
+        names = output.listing([task.name for task in removed])
+        output.line(f"Moved to {folder / 'removed'}: {names}")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["data_size", "duration", "emit_json", "line", "listing", "percent", "plain", "signed_percent", "table"]
+__all__ = ["count", "duration", "emit_json", "line", "listing", "percent", "plain", "signed_percent", "table"]
 
 _WIDTH_WITHOUT_TERMINAL = 160
 
@@ -96,16 +96,9 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def data_size(num_bytes: int | None) -> str:
-    """A size as people say it: `512 B`, `1.4 kB`, `3.0 MB`."""
-    if num_bytes is None:
-        return "-"
-    size, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+def count(number: int, noun: str) -> str:
+    """`1 task`, `2 tasks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:

@@ -20,13 +20,14 @@ from rich.progress import (
 __all__ = ["StageProgress"]
 
 _MOST_BARS = 6
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class StageProgress:
     """Shows calls `progress(stage, done, total)` as bars, one per stage.
 
     On a terminal the bars appear when the work has lasted `delay_seconds`, even if no call came until then (loading a
-    model makes none). Elsewhere, as in a log file, each finished stage becomes one line.
+    model makes none). Elsewhere, as in a log file, a stage that ends becomes a line, one in ten seconds at most.
 
     Args:
         delay_seconds: how long the work may last before anything is shown.
@@ -45,7 +46,8 @@ class StageProgress:
         )
         self._delay_seconds = delay_seconds
         self._begun = time.monotonic()
-        self._preparing: TaskID | None = self._bars.add_task("preparing", total=None)
+        self._last_line = float("-inf")
+        self._waiting: TaskID | None = self._bars.add_task("working", total=None)
         self._stages: dict[str, TaskID] = {}
         self._finished: set[str] = set()
         self._lock = threading.Lock()
@@ -69,13 +71,13 @@ class StageProgress:
         self._timer.cancel()
         with self._lock:
             self._is_closed = True
-            self._drop_preparing()
+            self._drop_waiting()
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Record that `done` of `total` steps of `stage` are behind us; `total = 0` means it is not known."""
         with self._lock:
-            self._drop_preparing()
+            self._drop_waiting()
             if stage not in self._stages:
                 self._forget_oldest()
                 self._stages[stage] = self._bars.add_task(stage, total=total or None)
@@ -85,10 +87,10 @@ class StageProgress:
             else:
                 self._finished.discard(stage)
 
-    def _drop_preparing(self) -> None:
-        if self._preparing is not None:
-            self._bars.remove_task(self._preparing)
-            self._preparing = None
+    def _drop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._bars.remove_task(self._waiting)
+            self._waiting = None
 
     def _forget_oldest(self) -> None:
         if len(self._stages) < _MOST_BARS:
@@ -101,6 +103,8 @@ class StageProgress:
         if stage in self._finished:
             return
         self._finished.add(stage)
-        elapsed = time.monotonic() - self._begun
-        if not self._console.is_terminal and elapsed >= self._delay_seconds:
-            self._console.print(f"{stage}: {total}/{total} at {elapsed:.0f} s", soft_wrap=True)
+        now = time.monotonic()
+        is_due = now - self._begun >= self._delay_seconds and now - self._last_line >= _SECONDS_BETWEEN_LINES
+        if is_due and not self._console.is_terminal:
+            self._last_line = now
+            self._console.print(f"{stage}: {total}/{total} after {now - self._begun:.0f} s", soft_wrap=True)

@@ -28,6 +28,9 @@ def run(
     model: Annotated[str | None, typer.Option("--model", metavar="SOURCE", help="Another pretrained model.")] = None,
     setting: Annotated[str, typer.Option("--setting", help="Which of the recipe's settings.")] = "standard",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the results go.")] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", metavar="N", min=1, help="Processes that share the runs, one thread each.")
+    ] = 1,
     settings: Settings = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -48,6 +51,7 @@ def run(
             out=out,
             options=options or None,
             progress=progress,
+            workers=workers,
         )
     if as_json:
         output.emit_json(results)

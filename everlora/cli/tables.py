@@ -6,18 +6,24 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from everlora.errors import DataError, nearest
+from everlora.store import LearnerStore
+from everlora.streams import Columns, Examples, load_examples
+from everlora.streams.columns import find_columns, read_texts
 from everlora.streams.files import read_path
 
-__all__ = ["InputTable", "check_output", "read_table", "write_table"]
+if TYPE_CHECKING:
+    from everlora.learner import Learner
+
+__all__ = ["InputTable", "check_output", "read_inputs", "read_table", "titles", "write_table"]
 
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -85,8 +91,38 @@ def _read_delimited(path: Path) -> InputTable:
         return InputTable(tuple(reader.fieldnames or ()), list(reader))
 
 
+def read_inputs(path: Path, learner: Learner, named: Mapping[str, str] | None) -> Examples | list[str]:
+    """Read what the learner shall label, one input for each row of `read_table`.
+
+    Args:
+        path: as for `read_table`.
+        learner: says whether it wants texts or images, and which columns it was told to read.
+        named: the `text` or `image` column of this file, where it has another name.
+
+    Raises:
+        DataError: the column is missing or holds something else.
+    """
+    modality = learner.backbone.modality
+    told = LearnerStore.open(learner.path).header["columns"]
+    columns = Columns.from_mapping({key: name for key, name in told.items() if key == modality} | dict(named or {}))
+    if modality == "text":
+        # Only the texts are read: a half-filled column of labels is no reason to refuse a file of inputs.
+        table = read_path(path).tables["train"]
+        found = find_columns(table, columns, modality=modality, require_labels=False)
+        return list(read_texts(table, found.input))
+    size = learner.backbone.image_size
+    return load_examples(path, columns=columns, modality=modality, require_labels=False, image_size=size)
+
+
 def _delimiter(path: Path) -> str:
     return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def titles(table: InputTable, given: Examples | Sequence[str]) -> list[str]:
+    """What to call each row on the screen: its text, or the file of its image."""
+    if not isinstance(given, Examples):
+        return list(given)
+    return [str(_cell(row[table.names[0]])) for row in table.rows]
 
 
 def write_table(path: Path, table: InputTable, answers: Sequence[Ranked]) -> list[str]:
@@ -95,7 +131,7 @@ def write_table(path: Path, table: InputTable, answers: Sequence[Ranked]) -> lis
     Args:
         path: the file; its suffix decides the format. An older one is replaced.
         table: the rows.
-        answers: for each row its labels with scores, best first; all of one length, at least 1.
+        answers: for each row its labels with scores, best first, at least one.
 
     Returns:
         The names of the added columns: `label` and `score`, then `label_2`, `score_2` and so on; with `predicted_`
@@ -121,8 +157,9 @@ def _added_columns(taken: Sequence[str], answers: Sequence[Ranked]) -> dict[str,
     columns: dict[str, list[Any]] = {}
     for rank in range(depth):
         ending = f"_{rank + 1}" if rank else ""
-        columns[f"label{ending}"] = [ranked[rank][0] for ranked in answers]
-        columns[f"score{ending}"] = [ranked[rank][1] for ranked in answers]
+        pairs = [ranked[rank] if rank < len(ranked) else (None, None) for ranked in answers]
+        columns[f"label{ending}"] = [label for label, _ in pairs]
+        columns[f"score{ending}"] = [score for _, score in pairs]
     # The file's own labels may be the truth that somebody compares with: they are never overwritten.
     prefix = ""
     while any(prefix + name in taken for name in columns):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, Debug, Folder
+from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder, columns_from
 from everlora.cli.progress import StageProgress
+
+if TYPE_CHECKING:
+    from everlora.results import Prediction
 
 __all__ = ["evaluate", "predict"]
 
@@ -32,6 +35,7 @@ def predict(
     image_column: Annotated[
         str | None, typer.Option("--image-column", help="Column of FILE with the images' paths.")
     ] = None,
+    model: BaseModel = None,
     task: Annotated[str | None, typer.Option("--task", help="Name of the task the inputs belong to, if known.")] = None,
     top: Annotated[int, typer.Option("--top", metavar="K", min=1, help="How many labels to give for each input.")] = 1,
     as_json: AsJson = False,
@@ -45,26 +49,29 @@ def predict(
     from everlora.cli import tables
 
     if output_file is not None:
-        tables.check_suffix(output_file)
-    rows = tables.read_rows(input_file) if input_file is not None else tables.Rows.of_words(inputs or [])
+        tables.check_output(output_file)
+    table = tables.read_table(input_file) if input_file is not None else None
     with StageProgress():
         from everlora.learner import Learner
 
-        learner = Learner.open(folder, write=False)
-        given = tables.inputs_of(rows, learner, text=text_column, image=image_column)
+        learner = Learner.open(folder, model=model)
+        named = columns_from(text=text_column, image=image_column)
+        given: Any = inputs if input_file is None else tables.read_inputs(input_file, learner, named)
         answers = learner.predict(given, task=task)
-    best = [_best(answer.scores, top) for answer in answers]
-    if output_file is not None:
-        names = tables.write_rows(output_file, rows, best)
-        _report_file(output_file, len(best), names, as_json=as_json)
-    elif as_json:
-        output.emit_json([_as_mapping(text, ranked) for text, ranked in zip(rows.titles(given), best, strict=True)])
+    best = [_best(answer, top) for answer in answers]
+    if table is not None and output_file is not None:
+        added = tables.write_table(output_file, table, best)
+        _report_file(output_file, len(best), added, as_json=as_json)
+        return
+    titles = inputs if table is None else tables.titles(table, given)
+    if as_json:
+        output.emit_json([_as_mapping(title, ranked) for title, ranked in zip(titles or (), best, strict=True)])
     else:
-        _print_answers(rows.titles(given), best)
+        _print_answers(titles or [], best)
 
 
-def _best(scores: dict[str, float], top: int) -> list[tuple[str, float]]:
-    return sorted(scores.items(), key=lambda item: -item[1])[:top]
+def _best(answer: Prediction, top: int) -> list[tuple[str, float]]:
+    return list(answer.scores.items())[:top]
 
 
 def _as_mapping(text: str, ranked: list[tuple[str, float]]) -> dict[str, Any]:
@@ -99,6 +106,7 @@ def evaluate(
         typer.Argument(metavar="[DATA]", help="Labelled data; the rows kept back when not given.", show_default=False),
     ] = None,
     *,
+    model: BaseModel = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -106,12 +114,12 @@ def evaluate(
     with StageProgress():
         from everlora.learner import Learner
 
-        learner = Learner.open(folder, write=False)
+        learner = Learner.open(folder, model=model)
         result = learner.evaluate(data)
     if as_json:
         output.emit_json(result)
         return
-    output.line(f"Accuracy {output.percent(result.accuracy)} %")
-    rows = [(str(task), output.percent(value)) for task, value in result.per_task.items()]
-    if rows:
-        output.table(("task", "accuracy %"), rows)
+    sizes = {name: counts.size for name, counts in result.counts.items()}
+    output.line(f"Accuracy {output.percent(result.accuracy)} % on {output.count(sum(sizes.values()), 'row')}.")
+    rows = [(name, str(sizes[name]), output.percent(accuracy)) for name, accuracy in result.per_task.items()]
+    output.table(("task", "rows", "accuracy %"), rows)

@@ -17,8 +17,18 @@ from pyarrow import parquet
 
 from everlora.errors import DataError
 from everlora.experiments.network import hub_copy_is_here, hub_is_reachable
-from everlora.experiments.schema import DataSpec, Recipe, Setting, StreamSpec
-from everlora.streams import Columns, Examples, Stream, by_class, by_column, by_datasets, hold_out, load_examples, load_splits
+from everlora.experiments.schema import ColumnNames, DataSpec, Recipe, Setting, StreamSpec
+from everlora.streams import (
+    Columns,
+    Examples,
+    Stream,
+    by_class,
+    by_column,
+    by_datasets,
+    hold_out,
+    load_examples,
+    load_splits,
+)
 
 __all__ = ["SHARED_VARIABLE", "Progress", "Source", "Splits", "build_stream", "locate", "read_splits"]
 
@@ -46,7 +56,9 @@ class Source:
     @property
     def text(self) -> str:
         """One line for the results; machine paths are cut down to the folder's name."""
-        name = Path(self.value).name if self.kind in ("given", "shared") and isinstance(self.value, str | Path) else None
+        name = (
+            Path(self.value).name if self.kind in ("given", "shared") and isinstance(self.value, str | Path) else None
+        )
         if name is None:
             name = self.value if isinstance(self.value, str) else "data in memory"
         return f"{self.kind}: {name}"
@@ -71,19 +83,21 @@ def locate(spec: DataSpec, given: Any = None, *, recipe: str) -> Source:
     """
     if given is not None:
         if isinstance(given, str | Path) and not Path(given).exists() and ":" not in str(given):
-            raise DataError(f"{given}: there is no such file or folder; give --data the folder that holds the data set.")
+            raise DataError(f"{given}: there is no such file or folder; give --data the data set's folder.")
         return Source(given, _fitting_columns(given, (spec.columns, spec.shared_columns)), "given")
     if spec.builtin is not None:
         return Source(spec.builtin, None, "builtin")
     if spec.hub is not None and (hub_copy_is_here(spec.hub) or hub_is_reachable()):
-        return Source(spec.hub, spec.columns, "hub")
+        return Source(spec.hub, _named(spec.columns), "hub")
     folder = _shared_data() / spec.shared if spec.shared is not None else None
     if folder is not None and folder.is_dir():
-        return Source(folder, spec.shared_columns, "shared")
+        return Source(folder, _named(spec.shared_columns), "shared")
     tried = [f"the hub (data set {spec.hub}) does not answer"] if spec.hub is not None else []
     if spec.shared is not None:
         tried.append(f"${SHARED_VARIABLE} has no data/{spec.shared}")
-    raise DataError(f"The data of recipe '{recipe}' cannot be found: {' and '.join(tried)}; give its folder with --data.")
+    raise DataError(
+        f"The data of recipe '{recipe}' cannot be found: {' and '.join(tried)}; give its folder with --data."
+    )
 
 
 def read_splits(
@@ -180,7 +194,9 @@ def _load(source: Source, spec: DataSpec, progress: Progress | None) -> Splits:
     tell = (lambda done, total: progress("decode images", done, total)) if progress is not None else None
     columns = Columns.from_mapping(source.columns) if source.columns else None
     if source.kind == "hub" and spec.split is not None:
-        return {"train": load_examples(value, split=spec.split, columns=columns, image_size=spec.image_size, progress=tell)}
+        return {
+            "train": load_examples(value, split=spec.split, columns=columns, image_size=spec.image_size, progress=tell)
+        }
     return load_splits(value, columns=columns, image_size=spec.image_size, progress=tell)
 
 
@@ -217,14 +233,17 @@ def _shared_data() -> Path:
     return Path(os.environ.get(SHARED_VARIABLE, os.path.join(os.pardir, "shared"))) / "data"
 
 
-def _fitting_columns(
-    given: Any, candidates: Sequence[Mapping[str, str] | None]
-) -> Mapping[str, str] | None:
+def _named(columns: ColumnNames | None) -> dict[str, str] | None:
+    return columns.named if columns is not None else None
+
+
+def _fitting_columns(given: Any, candidates: Sequence[ColumnNames | None]) -> dict[str, str] | None:
     """Column names are known for the hub's layout and for the local one; take those that the given files have."""
     if not isinstance(given, str | Path):
         return None
     present = _column_names(Path(given))
-    return next((names for names in candidates if names and present.issuperset(names.values())), None)
+    names = [columns.named for columns in candidates if columns is not None]
+    return next((one for one in names if one and present.issuperset(one.values())), None)
 
 
 def _column_names(path: Path) -> set[str]:

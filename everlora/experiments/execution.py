@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,12 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
         return record.values
     stage = f"{record.values['label']}, seed {seed}"
     progress(stage, record.rows_done, len(stream.tasks))
-    with _open_learner(plan, row, record) as learner:
-        if learner.trains_on == "stream":
-            _learn_whole(learner, record, stream, _prefixed(progress, stage))
-            progress(stage, len(stream.tasks), len(stream.tasks))
-        else:
-            _learn_in_turn(learner, record, stream, stage, progress)
+    learner = _open_learner(plan, row, record)
+    if learner.trains_on == "stream":
+        _learn_whole(learner, record, stream, _prefixed(progress, stage))
+        progress(stage, len(stream.tasks), len(stream.tasks))
+    else:
+        _learn_in_turn(learner, record, stream, stage, progress)
     return record.values
 
 
@@ -125,11 +125,9 @@ def _measure(learner: Learner, record: RunRecord, stream: Stream, index: int, *,
     """Fill row `index`; `learned` is the task of the learner whose cost and figures belong to it."""
     pairs = [(task.index, _test_of(task)) for task in stream.tasks[: index + 1]]
     counts = learner.evaluate_tasks(pairs)
-    record.append(counts, cost=_cost(learner, learned, index), panels=learner.panels(), task=index)
-
-
-def _cost(learner: Learner, learned: int, index: int) -> Mapping[str, Any]:
-    return {"task": index} | dict(learner.tasks[learned].cost)
+    kept = learner.card()["tasks"][learned]
+    cost = kept["cost"] | {"task": index, "seconds": kept["cost"]["seconds"]["total"], "parts": kept["cost"]["seconds"]}
+    record.append([dataclasses.asdict(one) for one in counts], cost=cost, panels=kept["panels"], task=index)
 
 
 def _test_of(task: Any) -> Examples:

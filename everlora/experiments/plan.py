@@ -120,7 +120,7 @@ class Streams:
             recipe, given = self._recipe, self._plan.data
             specs = recipe.data.sets or (recipe.data,)
             if len(specs) > 1 and given is not None:
-                raise OptionError(f"Recipe '{recipe.name}' reads {len(specs)} data sets, so --data cannot replace them.")
+                raise OptionError(f"Recipe '{recipe.name}' reads {len(specs)} data sets; --data can replace one only.")
             parts = []
             for spec in specs:
                 splits, source = read_splits(spec, given, recipe=recipe.name, progress=self._progress)

@@ -22,7 +22,7 @@ __all__ = ["run_jobs"]
 Job = tuple[str, int]
 
 # One thread a process: two processes of two threads on two cores would wait for each other.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _LAST_CHARACTERS = 2000
 
 
@@ -71,14 +71,14 @@ class _Worker(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self._waiting, self._progress, self._lock, self._failures = waiting, progress, lock, failures
-        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in stop
+        self._words: IO[bytes] = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "everlora.experiments.worker", str(plan_file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
             text=True,
-            env=os.environ | _ONE_THREAD,
+            env=os.environ | dict.fromkeys(_THREAD_VARIABLES, "1") | {"TOKENIZERS_PARALLELISM": "false"},
         )
 
     def run(self) -> None:
@@ -128,7 +128,9 @@ class _Worker(threading.Thread):
         code = self._process.wait()
         self._words.seek(0)
         words = self._words.read().decode(errors="replace").strip()
-        raise RuntimeError(f"The process for {job[0]} with seed {job[1]} ended with code {code}: {words[-_LAST_CHARACTERS:]}")
+        raise RuntimeError(
+            f"The process for {job[0]} with seed {job[1]} ended with code {code}: {words[-_LAST_CHARACTERS:]}"
+        )
 
 
 def _error_from(message: dict[str, Any]) -> EverloraError:

@@ -22,7 +22,7 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: MappingNode, deep: 
     seen: set[Any] = set()
     for key_node, _ in node.value:
         # An unhashable key is refused by construct_mapping below, with its line.
-        key = loader.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
         if key is not None and key in seen:
             raise ConstructorError(None, None, f"the key '{key}' is given twice", key_node.start_mark)
         seen.add(key)
@@ -51,7 +51,7 @@ def parse_yaml(text: str, *, file: str) -> dict[str, Any]:
         OptionError: the text is not YAML, holds a key twice, or is not a mapping.
     """
     try:
-        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - derived from SafeLoader
+        document = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -150,7 +150,9 @@ def _check_references(recipe: Recipe, file: str) -> None:
         rows += [(f"settings.{key}.methods", name) for name in setting.methods or ()]
     for field, name in rows:
         if name not in recipe.methods:
-            raise OptionError(f"{file}: field {field} names '{name}', which methods lacks; {nearest(name, recipe.methods)}")
+            raise OptionError(
+                f"{file}: field {field} names '{name}', which methods lacks; {nearest(name, recipe.methods)}"
+            )
     for index, figure in enumerate(recipe.published):
         if figure.setting not in recipe.settings:
             known = nearest(figure.setting, recipe.settings)

@@ -118,10 +118,8 @@ def _open_folder(plan: Plan, out: Path | None) -> Path:
         before = read_json(file)
         changed = [name for name in _FIXED if before.get(name) != values[name]]
         if changed:
-            words = {"text": "recipe text"}
-            raise OptionError(
-                f"{out} holds results with another {words.get(changed[0], changed[0])}; choose another folder with --out."
-            )
+            what = "recipe text" if changed[0] == "text" else changed[0]
+            raise OptionError(f"{out} holds results with another {what}; choose another folder with --out.")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OptionError(f"{out} is not empty and holds no results of a run; choose another folder with --out.")
     write_json(file, values)

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 __all__ = [
+    "ColumnNames",
     "DataSpec",
     "MethodRow",
     "OptionValue",
@@ -31,6 +32,20 @@ class _Part(BaseModel):
     """Base of all parts: nothing can be changed after reading, and nothing unknown is let through."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ColumnNames(_Part):
+    """Which column is what; those left out are found by type."""
+
+    text: str | None = None
+    image: str | None = None
+    label: str | None = None
+    task: str | None = None
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Only the columns that are named."""
+        return self.model_dump(exclude_none=True)
 
 
 class DataSpec(_Part):
@@ -54,9 +69,9 @@ class DataSpec(_Part):
 
     hub: str | None = None
     config: str | None = None
-    columns: dict[Literal["text", "image", "label", "task"], str] | None = None
+    columns: ColumnNames | None = None
     shared: str | None = None
-    shared_columns: dict[Literal["text", "image", "label", "task"], str] | None = None
+    shared_columns: ColumnNames | None = None
     builtin: str | None = None
     image_size: PositiveInt | None = None
     split: str | None = None

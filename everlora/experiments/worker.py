@@ -28,6 +28,7 @@ def main(plan_file: Path, jobs: IO[str], messages: IO[str]) -> None:
         messages: where the answers go.
     """
     plan = Plan.from_json(read_json(plan_file))
+
     def send(**message: Any) -> None:
         messages.write(json.dumps(message) + "\n")
         messages.flush()

@@ -38,7 +38,7 @@ class AlignmentOptions:
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Mean `(d,)` and covariance `(d, d)` or its diagonal `(d,)` of one class's features, float64; and the class's task."""
+    """Mean `(d,)` and covariance `(d, d)` or its diagonal `(d,)` of a class's features, float64; and its task."""
 
     mean: Tensor
     covariance: Tensor

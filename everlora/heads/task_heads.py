@@ -116,7 +116,9 @@ class TaskHeads(nn.Module):
         own = torch.tensor(self.classes[task], device=labels.device)
         matches = labels[:, None] == own[None, :]
         if not bool(matches.any(dim=1).all()):
-            raise DataError("a label of the batch does not belong to the task being learned; pass each task's own rows.")
+            raise DataError(
+                "a label of the batch does not belong to the task being learned; pass each task's own rows."
+            )
         offset = rows.shape[1] - len(own)  # the newest head's rows come last
         return nn.functional.cross_entropy(rows, matches.int().argmax(dim=1) + offset)
 

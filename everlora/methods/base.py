@@ -37,13 +37,16 @@ class Encoder(Protocol):
     """What a method sees of a pretrained model (a `Backbone`)."""
 
     feature_dim: int
-    default_targets: tuple[str, ...]
     model: nn.Module
 
-    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def default_targets(self) -> tuple[str, ...]:
+        """Name patterns of the layers to adapt by default."""
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Pooled features `(n, feature_dim)` float32."""
 
-    def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+    def token_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
         """True for real tokens, `(n, tokens)`, or None when all are real."""
 
 
@@ -74,7 +77,7 @@ class Batch:
         features: `(n, d)` features computed beforehand, for a model that does not change.
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: dict[str, Tensor]
     labels: Tensor
     features: Tensor | None = None
 
@@ -116,8 +119,8 @@ class Collect(Protocol):
 class Method(ABC):
     """A continual-learning method.
 
-    Life of a task: `begin_task`, then `loss` -> backward -> `after_backward` -> optimiser step -> `after_step` for every
-    batch, then `end_task`. A method never reads files, loaders or clocks; passes over data come as `collect`.
+    Life of a task: `begin_task`; for every batch `loss`, backward, `after_backward`, optimiser step, `after_step`; then
+    `end_task`. A method never reads files, loaders or clocks; passes over data come as `collect`.
     A class is final: variants are options.
     """
 
@@ -155,7 +158,7 @@ class Method(ABC):
 
     @abstractmethod
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters of the current task by group: `"adapter"` and `"head"`; empty when nothing is trained."""
+        """Trainable parameters of the current task by group, `"adapter"` and `"head"`; empty when nothing is."""
 
     @abstractmethod
     def state(self) -> State:

@@ -1,7 +1,7 @@
 """Nearest class mean on a frozen encoder: nothing is trained, nothing can be forgotten.
 
-The score of a class is `2 m.f - |m|^2`, which orders classes as the Euclidean distance from the feature `f` to the class
-mean `m` does and is linear in `f`. Means are running sums, so a class that returns is averaged over all its rows.
+The score of a class is `2 m.f - |m|^2`, which orders classes as the Euclidean distance from the feature `f` to the
+class mean `m` does, and is linear in `f`. Means are running sums: a class that returns is averaged over all its rows.
 """
 
 from __future__ import annotations

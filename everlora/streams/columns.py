@@ -20,6 +20,7 @@ __all__ = ["Columns", "Found", "find_columns", "read_groups", "read_labels", "re
 _LABEL_NAMES = ("label", "labels", "intent", "class", "category", "target", "topic", "sentiment", "fine_label", "y")
 _TEXT_NAMES = ("text", "sentence", "utterance", "content", "question", "query", "document", "review")
 _TASK_NAMES = ("task", "domain")
+_FEW_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def find_columns(table: Table, columns: Columns, *, modality: Modality | None, r
     label = columns.label
     if label is None:
         taken = {name for name in (columns.text, columns.image, task) if name is not None}
-        label = _find_label(table, taken, modality=modality, require_labels=require_labels)
+        usable = [name for name in table.columns if name not in taken]
+        label = _find_label(table, usable, columns, modality=modality, require_labels=require_labels)
     spare = {name for name in (label, task) if name is not None}
     if modality == "image":
         found = columns.image if columns.image is not None else _find_image(table, spare)
@@ -165,7 +167,10 @@ def read_labels(table: Table, name: str) -> tuple[NDArray[np.object_], tuple[str
         kinds.setdefault(_label_type(value, where, name), index)
         if len(kinds) > 1:
             (kind, _), (other, row) = kinds.items()
-            raise DataError(f"{table.origin}: row {row + 1} has a {other} as label, earlier rows a {kind}; use one type")
+            raise DataError(
+                f"{table.origin}: row {row + 1} has a {other} as label while earlier rows have a {kind}; "
+                f"write all labels of column '{name}' as one type"
+            )
         names.append(_class_name(column, value))
     declared = column.class_names if column.class_names is not None else natural_order(names)
     return np.array(names, dtype=object), declared
@@ -179,14 +184,14 @@ def _label_type(value: Any, where: str, name: str) -> str:
     if isinstance(value, float | np.floating) and math.isfinite(value) and float(value).is_integer():
         return "number"
     raise DataError(
-        f"{where} has the label {value!r} in column '{name}'; labels must be names or whole numbers: rewrite the column "
-        f"or name another with --label-column"
+        f"{where} has the label {value!r} in column '{name}'; labels must be names or whole numbers: rewrite "
+        f"the column or name another with --label-column"
     )
 
 
 def _class_name(column: Column, value: Any) -> str:
     if column.class_names is not None:
-        return column.class_names[value]
+        return str(column.class_names[value])
     return value if isinstance(value, str) else str(int(value))
 
 
@@ -211,8 +216,9 @@ def _find_task(table: Table, columns: Columns) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _find_label(table: Table, taken: set[str], *, modality: Modality, require_labels: bool) -> str | None:
-    usable = [name for name in table.columns if name not in taken]
+def _find_label(
+    table: Table, usable: Sequence[str], columns: Columns, *, modality: Modality, require_labels: bool
+) -> str | None:
     declared = [name for name in usable if table.columns[name].kind == "class"]
     usual = _usual(usable, _LABEL_NAMES)
     for candidates in (declared, usual):
@@ -223,17 +229,28 @@ def _find_label(table: Table, taken: set[str], *, modality: Modality, require_la
             raise _ambiguous(table, "label", candidates)
     if not require_labels:
         return None
-    input_kinds: tuple[Kind, ...] = ("image",) if modality == "image" else ("text",)
-    rest = [name for name in usable if table.columns[name].kind in ("text", "integer")]
-    if modality == "image" and len(rest) == 1:
-        return rest[0]
-    if modality == "text" and len(rest) == 2 and len(set(rest) & set(_usual(rest, _TEXT_NAMES))) == 1:
-        return next(name for name in rest if name not in _usual(rest, _TEXT_NAMES))
-    others = [name for name in rest if table.columns[name].kind not in input_kinds]
-    if modality == "text" and len(others) == 1 and len(rest) == 2:
-        return others[0]
+    remaining = _remaining_label(table, usable, modality, is_input_named=bool(columns.text or columns.image))
+    if remaining is not None:
+        return remaining
     known = ", ".join(f"'{name}'" for name in table.columns) or "none"
     raise DataError(f"{table.origin} has no label column among its columns ({known}); name it with --label-column")
+
+
+def _remaining_label(table: Table, usable: Sequence[str], modality: Modality, *, is_input_named: bool) -> str | None:
+    """Return the one column that is left for the label once the inputs are set aside, None when that is a guess."""
+    rest = [name for name in usable if table.columns[name].kind in ("text", "integer")]
+    if modality == "text" and not is_input_named:
+        texts = [name for name in rest if table.columns[name].kind == "text"]
+        inputs = texts if len(texts) == 1 else _usual(texts, _TEXT_NAMES)
+        if len(inputs) != 1:
+            return None
+        rest.remove(inputs[0])
+    if len(rest) != 1:
+        return None
+    # Labels repeat; a column whose values hardly do is something else (an answer, a title, an id).
+    values = table.columns[rest[0]].to_list()
+    repeats = len(values) < _FEW_ROWS or 2 * len(set(values)) <= len(values)
+    return rest[0] if repeats else None
 
 
 def _find_image(table: Table, spare: set[str]) -> str:

@@ -203,7 +203,10 @@ def _read_divided(path: Path, folders: dict[str, Path]) -> Source:
     """Read a folder with one sub-folder per split, each of data files or of class folders."""
     files = {split: _data_files(folder) for split, folder in folders.items()}
     if all(files.values()):
-        tables = {split: join_tables([_read_file(file) for file in files[split]], str(folders[split])) for split in files}
+        tables = {
+            split: join_tables([_read_file(file) for file in members], str(folders[split]))
+            for split, members in files.items()
+        }
         return Source(tables, is_divided=True)
     # One list of classes for all splits, so that a class without test images does not shift the others.
     classes = sorted({name for folder in folders.values() for name in _class_folders(folder)})

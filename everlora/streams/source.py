@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -10,9 +9,10 @@ from typing import Any, TypedDict, Unpack
 import datasets
 import numpy as np
 
-# The import registers the data sets that come with installed packages.
-from everlora.streams import digits as _digits  # noqa: F401
 from everlora.errors import DataError
+
+# This import registers the data set that comes with scikit-learn.
+from everlora.streams import digits as _digits  # noqa: F401
 from everlora.streams.columns import Columns, find_columns, read_groups, read_labels, read_texts
 from everlora.streams.examples import Examples, Modality
 from everlora.streams.files import DATA_SUFFIXES, SPLIT_NAMES, read_path
@@ -101,8 +101,8 @@ def _read(data: Any) -> Source:
         return Source({"train": table_from_dataset(data, "the data set")}, is_divided=False)
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise DataError("a streamed data set has no fixed rows; load it with streaming=False")
-    if isinstance(data, str | os.PathLike):
-        return _read_name(os.fspath(data))
+    if isinstance(data, str | Path):
+        return _read_name(str(data))
     if isinstance(data, Sequence):
         return Source({"train": table_from_rows(data, "the list of rows")}, is_divided=False)
     raise DataError(f"a {type(data).__name__} is no data set; give a path, a list of dicts or a datasets.Dataset")
@@ -124,7 +124,7 @@ def _read_name(name: str) -> Source:
     path = Path(name).expanduser()
     if path.exists():
         return read_path(path)
-    if is_hub_id(name) and not isinstance(name, bytes):
+    if is_hub_id(name):
         return read_hub(name)
     raise DataError(f"{name} does not exist; give a file ({', '.join(DATA_SUFFIXES)}), a folder or a hub id")
 
@@ -143,7 +143,7 @@ def _pick(parts: Mapping[str, Any], split: str, origin: str) -> Any:
 
 
 def _origin(data: Any) -> str:
-    return str(data) if isinstance(data, str | os.PathLike) else "the data set"
+    return str(data) if isinstance(data, str | Path) else "the data set"
 
 
 def _checked(examples: Examples, options: LoadOptions) -> Examples:

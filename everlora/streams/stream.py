@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from everlora.errors import DataError, nearest
-from everlora.streams.examples import Examples
+from everlora.streams.examples import Examples, natural_order
 from everlora.streams.orders import class_order
 from everlora.streams.splits import take_per_class
 
@@ -170,8 +170,8 @@ def by_column(
         splits: as for `by_class`, each with groups.
         name: name of the data.
         scenario: what the tasks mean; the rows are the same for every scenario.
-        order: the values in the order to learn them; values left out are not learned. None: order of first
-            appearance in the training rows, or a permutation of that order by `seed`.
+        order: the values in the order to learn them; values left out are not learned. None: sorted (numbers
+            by value), or a permutation of the sorted values by `seed`.
         seed: seed of the permutation; must be None where `order` is given.
         subsample: rows to keep per class, by split name.
         subsample_seed: seed of that draw.
@@ -186,7 +186,7 @@ def by_column(
         if examples.groups is None:
             raise DataError(f"the {split} rows of '{name}' have no task column; name it with --task-column")
     splits = _prepared(splits, subsample, subsample_seed)
-    values = list(dict.fromkeys(_groups(splits["train"])))
+    values = list(natural_order(_groups(splits["train"])))
     if order is not None and seed is not None:
         raise DataError("give either an order of tasks or a seed for one, not both")
     if order is not None:

@@ -144,7 +144,8 @@ def join_tables(tables: Sequence[Table], origin: str) -> Table:
                 found = "has no such column" if other is None else "holds other types or classes there"
                 raise DataError(f"{table.origin} {found} ('{name}') than {first.origin}; shards must agree")
             shards.append(other)
-        columns[name] = Column(column.kind, [value for shard in shards for value in shard.to_list()], column.class_names)
+        values = [value for shard in shards for value in shard.to_list()]
+        columns[name] = Column(column.kind, values, column.class_names)
     return Table(origin, columns, sum(table.num_rows for table in tables), first.folder)
 
 

@@ -110,7 +110,7 @@ class TaskTrainer:
         Raises:
             NumericError: the loss is not finite; the message names the step and the learning rate.
         """
-        started = time.monotonic()
+        started, self.collect_seconds = time.monotonic(), 0.0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         collector = _Collector(self, task, data)
@@ -155,7 +155,7 @@ class TaskTrainer:
             if before is not None:
                 before(batch)
             with torch.no_grad(), self.accelerator.autocast():
-                features = self.backbone.features(dict(batch.inputs))
+                features = self.backbone.features(batch.inputs)
             yield rows, replace(batch, features=features)
             self._progress(stage, done + 1, len(batches))
 

@@ -1,0 +1,109 @@
+"""The one place that knows how PEFT names low-rank factors; imports no torch.
+
+PEFT calls the down-projection `lora_A` and the up-projection `lora_B`; everything else in everlora says `down` and
+`up`. A layer's output gains `scaling * B A x`, and `scaling = lora_alpha / r` is 1 in every file written here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from everlora.errors import StoreError, UnsupportedError
+
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "from_peft_tensors", "lora_config", "to_peft_tensors"]
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+_PREFIX = "base_model.model."
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+Array = TypeVar("Array")
+
+
+def to_peft_tensors(factors: Mapping[str, tuple[Array, Array]]) -> dict[str, Array]:
+    """Name the factors of layers the way PEFT does.
+
+    Args:
+        factors: layer name to `(down, up)`, `(rank, in)` and `(out, rank)`; arrays or tensors, handed through.
+
+    Returns:
+        `base_model.model.<layer>.lora_A.weight` to `down`, and the same with `lora_B` to `up`.
+    """
+    tensors: dict[str, Array] = {}
+    for layer, (down, up) in factors.items():
+        tensors[f"{_PREFIX}{layer}{_DOWN}"] = down
+        tensors[f"{_PREFIX}{layer}{_UP}"] = up
+    return tensors
+
+
+def from_peft_tensors(tensors: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
+    """Undo `to_peft_tensors`.
+
+    Returns:
+        Layer name to `(down, up)`, sorted by name.
+
+    Raises:
+        StoreError: a name is not one of PEFT's, or a layer has only one of its two factors.
+    """
+    halves: dict[str, dict[str, Array]] = {}
+    for name, value in tensors.items():
+        ending = next((ending for ending in (_DOWN, _UP) if name.endswith(ending)), None)
+        if ending is None or not name.startswith(_PREFIX):
+            raise StoreError(
+                f"expected adapter tensors named {_PREFIX}<layer>{_DOWN} or {_UP}, found {name!r}; "
+                "the file is not a plain LoRA adapter"
+            )
+        halves.setdefault(name[len(_PREFIX) : -len(ending)], {})[ending] = value
+    single = sorted(layer for layer, pair in halves.items() if len(pair) != 2)
+    if single:
+        raise StoreError(f"expected both factors of layer {single[0]}, found one; the adapter file is incomplete")
+    return {layer: (halves[layer][_DOWN], halves[layer][_UP]) for layer in sorted(halves)}
+
+
+def lora_config(
+    ranks: Mapping[str, int], *, base_model: str | None = None, base_class: tuple[str, str] | None = None
+) -> dict[str, Any]:
+    """Describe factors as the content of PEFT's `adapter_config.json`.
+
+    Args:
+        ranks: layer name to rank; ranks may differ. Layers of rank 0 are left out, as PEFT has none.
+        base_model: hub id or folder of the base model.
+        base_class: name and module of the base model's class, for PEFT's `AutoPeftModel`.
+
+    Returns:
+        A JSON-ready dict with `lora_alpha = r` throughout, so that PEFT's scaling is 1.
+
+    Raises:
+        UnsupportedError: no layer has a rank above 0.
+    """
+    present = {layer: int(rank) for layer, rank in sorted(ranks.items()) if rank > 0}
+    if not present:
+        raise UnsupportedError("a PEFT adapter needs low-rank factors, and no layer has any; export merged instead")
+    largest = max(present.values())
+    # PEFT reads the keys of a pattern as regular expressions.
+    pattern = {re.escape(layer): rank for layer, rank in present.items() if rank != largest}
+    auto_mapping = None
+    if base_class is not None:
+        auto_mapping = {"base_model_class": base_class[0], "parent_library": base_class[1]}
+    return {
+        "alpha_pattern": pattern,
+        "auto_mapping": auto_mapping,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": largest,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": largest,
+        "rank_pattern": pattern,
+        "target_modules": list(present),
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }

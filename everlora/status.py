@@ -1,0 +1,109 @@
+"""What a learner directory says about itself, read without loading a model (and so without torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from everlora.store import FORMAT_VERSION, LearnerStore, TaskData
+
+__all__ = ["read_status"]
+
+
+def read_status(path: str | Path) -> dict[str, Any]:
+    """Describe a learner: what it has learned, at what cost, and what became of its older tasks.
+
+    Args:
+        path: a learner directory; it may be read-only, or in use by a writer.
+
+    Returns:
+        A mapping of plain values. `method`, `scenario`, `model` (where the base lies), `base_sha256`, `options`,
+        `columns`, `keep_states` and `created` come from the learner; `labels` lists all labels in the order they were
+        first seen; `digest` is the learner's. `tasks` has one mapping per task:
+
+        - `index` (from 0), `name`, `folder`, `labels`, `new_labels`, `known_labels`, `num_examples`, `num_validation`,
+          `num_truncated`, `created`;
+        - `seconds`, `steps`, `peak_memory_bytes`, `trainable_parameters`, `stored_parameters`: its cost;
+        - `accuracy_when_learned`, `accuracy_now`, `change` (their difference): fractions on the rows kept back from
+          the task, None where none were kept; `validation_size` is the number of these rows.
+
+        What a learner did not write is None or empty. `accuracy_now` and `accuracy_when_learned` of the whole are the
+        means over the tasks that have them, and `change` the mean over all but the newest.
+
+    Raises:
+        StoreError: no learner there, or a manifest is missing, damaged, changed or from a newer format.
+    """
+    store = LearnerStore.open(path)
+    header = store.header
+    tasks = [store.read_task(entry.index) for entry in store.tasks]
+    latest = _mapping(tasks[-1].record.get("evaluation")) if tasks else {}
+    described = [_describe(task, latest) for task in tasks]
+    return {
+        "path": str(store.root),
+        "format_version": FORMAT_VERSION,
+        "method": header.get("method"),
+        "scenario": header.get("scenario"),
+        "model": header.get("base_model"),
+        "base_sha256": header.get("base_sha256"),
+        "options": header.get("options", {}),
+        "columns": header.get("columns", {}),
+        "created": header.get("created"),
+        "keep_states": store.keep_states,
+        "digest": store.digest,
+        "num_tasks": len(tasks),
+        "labels": list(dict.fromkeys(label for task in described for label in task["labels"])),
+        "accuracy_when_learned": _mean([task["accuracy_when_learned"] for task in described]),
+        "accuracy_now": _mean([task["accuracy_now"] for task in described]),
+        "change": _mean([task["change"] for task in described[:-1]]),
+        "tasks": described,
+    }
+
+
+def _describe(task: TaskData, latest: Mapping[str, Any]) -> dict[str, Any]:
+    record, entry = task.record, task.entry
+    cost = _mapping(record.get("cost"))
+    key = str(entry.index)
+    then = _accuracy(_mapping(record.get("evaluation")).get(key))
+    now = _accuracy(latest.get(key))
+    return {
+        "index": entry.index,
+        "name": entry.name,
+        "folder": entry.folder,
+        "labels": list(record.get("labels", [])),
+        "new_labels": list(record.get("new_labels", [])),
+        "known_labels": list(record.get("known_labels", [])),
+        "num_examples": record.get("num_examples"),
+        "num_validation": record.get("num_validation"),
+        "num_truncated": record.get("num_truncated"),
+        "created": record.get("created"),
+        "seconds": _total(cost.get("seconds")),
+        "steps": cost.get("steps"),
+        "peak_memory_bytes": cost.get("peak_memory_bytes"),
+        "trainable_parameters": cost.get("trainable_parameters"),
+        "stored_parameters": cost.get("stored_parameters"),
+        "validation_size": _mapping(latest.get(key)).get("size"),
+        "accuracy_when_learned": then,
+        "accuracy_now": now,
+        "change": None if then is None or now is None else now - then,
+    }
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _accuracy(counts: object) -> float | None:
+    values = _mapping(counts)
+    return float(values["correct"] / values["size"]) if values.get("size") else None
+
+
+def _total(seconds: object) -> float | None:
+    """Wall seconds, given as a number or as parts with their `total`."""
+    value = seconds.get("total") if isinstance(seconds, Mapping) else seconds
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
