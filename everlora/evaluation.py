@@ -38,7 +38,7 @@ class Evaluator:
         method = self.trainer.method
         parts = []
         with torch.no_grad():
-            for part in features.split(4096):
+            for part in torch.split(features, 4096):
                 labels = torch.zeros(len(part), dtype=torch.long, device=part.device)
                 parts.append(method.logits(Batch({}, labels, part), task).float().cpu())
         return torch.cat(parts)

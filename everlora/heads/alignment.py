@@ -61,6 +61,7 @@ class ClassStatistics:
         if self.covariance.ndim == 1:
             return self.covariance.sqrt()
         eye = torch.eye(len(self.mean), dtype=self.covariance.dtype, device=self.covariance.device)
+        factor: Tensor
         for extra in (0.0, 1e-3, 1e-2, 1e-1):
             factor, info = torch.linalg.cholesky_ex(self.covariance + extra * eye)
             if int(info) == 0:
@@ -102,10 +103,10 @@ def align_heads(
         features, labels = _sample(statistics, roots, current, options, generator)
         order = torch.randperm(len(labels), generator=generator)
         losses = []
-        for batch in order.split(options.samples):
+        for batch in torch.split(order, options.samples):
             loss = _alignment_loss(heads, features[batch], labels[batch], options.logit_norm)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             losses.append(float(loss.detach()))
         mean_loss = sum(losses) / len(losses)
@@ -135,7 +136,7 @@ def _alignment_loss(heads: TaskHeads, features: Tensor, labels: Tensor, logit_no
     """Cross-entropy over all classes, on logits divided by their mean per-task norm when `logit_norm` is set."""
     device = next(heads.parameters()).device
     features, labels = features.to(device), labels.to(device)
-    blocks = [head(features) for head in heads.heads]
+    blocks = [head(features) for head in heads.linears]
     logits = torch.cat(blocks, dim=1)
     if logit_norm is not None:
         norms = torch.stack([block.norm(dim=1, keepdim=True) for block in blocks])

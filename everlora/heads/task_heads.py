@@ -72,6 +72,11 @@ class TaskHeads(nn.Module):
             head.bias.copy_(bias)
         self.freeze()
 
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """The heads in task order."""
+        return [head for head in self.heads if isinstance(head, nn.Linear)]
+
     def freeze(self) -> None:
         """Stop training every head."""
         self.requires_grad_(False)
@@ -82,7 +87,7 @@ class TaskHeads(nn.Module):
 
     def row_logits(self, features: Tensor, task: int | None = None) -> Tensor:
         """Logits of all rows in task order, or of one task's rows: `(n, features) -> (n, rows)`."""
-        chosen = self.heads if task is None else [self.heads[task]]
+        chosen = self.linears if task is None else [self.linears[task]]
         return torch.cat([head(features) for head in chosen], dim=1)
 
     def class_logits(self, features: Tensor, task: int | None = None) -> Tensor:
@@ -124,8 +129,8 @@ class TaskHeads(nn.Module):
 
     def rows(self) -> HeadRows:
         """All rows in task order, detached and on the CPU."""
-        weight = torch.cat([head.weight.detach().float().cpu() for head in self.heads])
-        bias = torch.cat([head.bias.detach().float().cpu() for head in self.heads])
+        weight = torch.cat([head.weight.detach().float().cpu() for head in self.linears])
+        bias = torch.cat([head.bias.detach().float().cpu() for head in self.linears])
         return HeadRows(weight, bias, tuple(c for classes in self.classes for c in classes))
 
     def _row_classes(self, device: torch.device, task: int | None) -> Tensor:

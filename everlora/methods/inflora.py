@@ -193,7 +193,7 @@ class InfLoRA(Method):
     def state(self) -> State:
         """Factors, directions and head of every task (written once); realigned heads and statistics if any."""
         state: State = {"groups": self._groups, **self._past}
-        for index, (head, classes) in enumerate(zip(self.heads.heads, self.heads.classes, strict=True)):
+        for index, (head, classes) in enumerate(zip(self.heads.linears, self.heads.classes, strict=True)):
             prefix = "head" if not self.options.alignment else "aligned"
             key = task_key(index, "head/") if prefix == "head" else f"aligned/{index:03d}/"
             state[f"{key}weight"] = head.weight.detach().cpu()
@@ -277,7 +277,7 @@ class InfLoRA(Method):
         rows: dict[int, list[Tensor]] = {c: [] for c in task.classes}
 
         def keep(batch: Batch, features: Tensor) -> None:
-            for c in batch.labels.unique().tolist():
+            for c in torch.unique(batch.labels).tolist():
                 rows[c].append(features[batch.labels == c].cpu())
 
         collect(keep, stage="class statistics", augment=False)

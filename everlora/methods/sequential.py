@@ -160,7 +160,7 @@ class Sequential(Method):
     def state(self) -> State:
         """Each task's head, and the fine-tuned weights as the newest task left them."""
         state: State = {}
-        for index, (head, classes) in enumerate(zip(self.heads.heads, self.heads.classes, strict=True)):
+        for index, (head, classes) in enumerate(zip(self.heads.linears, self.heads.classes, strict=True)):
             state[task_key(index, "head/weight")] = head.weight.detach().cpu()
             state[task_key(index, "head/bias")] = head.bias.detach().cpu()
             state[task_key(index, "classes")] = list(classes)

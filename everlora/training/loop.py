@@ -149,7 +149,7 @@ class TaskTrainer:
         self.backbone.eval()
         lengths = self.backbone.lengths(data.encoded)
         order = torch.arange(len(data)) if lengths is None else torch.as_tensor(lengths).argsort(stable=True)
-        batches = order.split(self.options.eval_batch_size)[:max_batches]
+        batches = torch.split(order, self.options.eval_batch_size)[:max_batches]
         for done, rows in enumerate(batches):
             batch = self._batch(data, rows, epoch=epoch)
             if before is not None:
@@ -216,11 +216,11 @@ class TaskTrainer:
         lengths = self.backbone.lengths(data.encoded)
         size = self.options.batch_size
         if lengths is None:
-            return list(order.split(size))
-        lengths = torch.as_tensor(lengths)
+            return list(torch.split(order, size))
+        tokens = torch.as_tensor(lengths)
         batches: list[Tensor] = []
-        for part in order.split(size * _BUCKET):
-            batches.extend(part[lengths[part].argsort(stable=True)].split(size))
+        for part in torch.split(order, size * _BUCKET):
+            batches.extend(torch.split(part[tokens[part].argsort(stable=True)], size))
         shuffled = keyed_permutation(len(batches), self.options.seed, task, epoch, 1)
         return [batches[i] for i in shuffled.tolist()]
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from test_layer import CountProducts, rand
 from torch import nn
 
 from everlora.errors import OptionError, TargetError
 from everlora.lowrank import LowRankLinear, attach, detach, input_groups, share_down
+from tests.lowrank.builders import CountProducts, rand
 
 
 class Attention(nn.Module):
@@ -93,7 +93,7 @@ def test_only_adapted_bases_are_frozen_and_detach_gives_everything_back(model):
 
 def test_mistakes_in_targets_are_answered_and_change_nothing(model):
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(TargetError, match="'k_porj'.*'k_proj'"):
+    with pytest.raises(TargetError, match=r"'k_porj'.*'k_proj'"):
         attach(model, "k_porj", 2)
     with pytest.raises(TargetError, match=r"blocks\.0\.norm.*LayerNorm"):
         attach(model, ["k_proj", "norm"], 2)
@@ -165,10 +165,6 @@ def test_a_tensor_changed_in_place_is_another_input():
         second(x.add_(1.0))
 
     assert len(input_groups(model, {"a": first, "b": second}, run)) == 2
-
-
-def thin(shapes, rank):
-    return [s for s in shapes if rank in s[0] + s[1]]
 
 
 @pytest.mark.parametrize("mode", ["folded", "factored"])

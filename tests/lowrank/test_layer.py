@@ -8,32 +8,13 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from everlora.errors import OptionError, ShapeError, UnsupportedError
 from everlora.lowrank import GradientMemory, LowRankLinear, SecondMoment, attach, share_down
-
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "addmm_"}
-
-
-class CountProducts(TorchDispatchMode):
-    """Collects the shapes of all matrix products that run inside the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in PRODUCTS:
-            matrices = [a for a in args if isinstance(a, torch.Tensor) and a.ndim >= 2][-2:]
-            self.shapes.append(tuple(tuple(m.shape) for m in matrices))
-        return func(*args, **(kwargs or {}))
-
-
-def rand(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from tests.lowrank.builders import CountProducts, rand
 
 
 def make(mode="auto", *, dtype=torch.float32, rank=3, past=(2, 0, 1), bias=True, train_down=True, d_in=6, d_out=5):
@@ -81,38 +62,17 @@ def test_values_and_gradients_equal_the_formula(mode, dtype, tolerance):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_pass_the_numerical_check(mode):
-    layer = make(mode, dtype=torch.float64)
-    layer.base.bias.requires_grad_()
+@pytest.mark.parametrize("train_down", [True, False])
+def test_gradients_pass_the_numerical_check(mode, train_down):
+    layer = make(mode, dtype=torch.float64, train_down=train_down)
     x = rand(3, 6, seed=2, dtype=torch.float64).requires_grad_()
+    down = layer.down.detach().clone().requires_grad_(train_down)
+    up, bias = (t.detach().clone().requires_grad_() for t in (layer.up, layer.base.bias))
 
     def run(x, up, down, bias):
-        with torch.no_grad():
-            layer.up.copy_(up), layer.down.copy_(down), layer.base.bias.copy_(bias)
-        return layer(x)
+        return functional_call(layer, {"up": up, "down": down, "base.bias": bias}, (x,))
 
-    # Numerical differences move the factors in place, analytical ones flow through the layer's own parameters.
-    y = run(x, layer.up.detach().clone(), layer.down.detach().clone(), layer.base.bias.detach().clone())
-    sources = (x, layer.up, layer.down, layer.base.bias)
-    for index in range(y.numel()):
-        analytical = torch.autograd.grad(layer(x).flatten()[index], sources)
-        for source, gradient in zip(sources, analytical, strict=True):
-            for position in range(source.numel()):
-                keep, step = source.detach().flatten()[position].item(), 1e-6
-                values = []
-                for sign in (1, -1):
-                    with torch.no_grad():
-                        source.view(-1)[position] = keep + sign * step
-                        values.append(layer(x).flatten()[index].item())
-                        source.view(-1)[position] = keep
-                assert (values[0] - values[1]) / (2 * step) == pytest.approx(gradient.flatten()[position], abs=1e-6)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_gradcheck_of_the_input(mode):
-    layer = make(mode, dtype=torch.float64)
-    x = rand(3, 6, seed=2, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradcheck(run, (x, up, down, bias))
 
 
 def test_merged_equals_concatenated_equals_sum_of_branches():
@@ -177,7 +137,7 @@ def test_factors_stay_float32_masters_when_the_model_is_cast():
     layer.to(torch.bfloat16)
     assert layer.base.weight.dtype == torch.bfloat16
     assert all(torch.equal(getattr(layer, name), value) for name, value in before.items())
-    assert (layer.up, layer.down) == parameters or all(a is b for a, b in zip((layer.up, layer.down), parameters))
+    assert layer.up is parameters[0] and layer.down is parameters[1]  # an optimiser made before keeps its grip
     y = layer(rand(2, 6, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     y.sum().backward()
@@ -226,7 +186,9 @@ def test_a_frozen_down_keeps_no_input_for_the_backward_pass():
         layer = make("folded", train_down=train_down)
         saved = []
         x = rand(7, 6).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=saved: kept.append(tuple(t.shape)) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=saved: kept.append(tuple(t.shape)) or t, lambda t: t
+        ):
             layer(x)
         assert ((7, 6) in saved) == train_down
         assert (7, 3) in saved
@@ -264,7 +226,9 @@ def test_every_way_a_factor_changes_is_noticed(mode, foreach):
         assert not torch.equal(layer(x), before) and agrees()
     layer.past_scale.mul_(3.0)
     assert agrees()
-    layer.load_state_dict({name: value + 1 if value.dtype.is_floating_point else value for name, value in layer.state_dict().items()})
+    layer.load_state_dict(
+        {name: value + 1 if value.dtype.is_floating_point else value for name, value in layer.state_dict().items()}
+    )
     assert agrees()
     layer.load_past([rand(1, 6, seed=5)], [rand(5, 1, seed=6)])
     assert agrees()
@@ -489,7 +453,7 @@ def test_one_step_on_up_moves_the_weight_inside_the_designed_space():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_training_outside_the_memory_leaves_old_outputs_unchanged(dtype, tolerance):
     old = (rand(50, 3, seed=1, dtype=torch.float64) @ rand(3, 8, seed=2, dtype=torch.float64)).to(dtype)
-    new, target = rand(40, 8, seed=3, dtype=dtype), rand(40, 5, seed=4, dtype=dtype)
+    new, target = rand(40, 8, seed=3, dtype=dtype), rand(40, 8, seed=3, dtype=dtype)[:, 3:] * 2
     memory = GradientMemory(8)
     memory.update(SecondMoment(8).update(old), 1.0)
     layer = LowRankLinear(nn.Linear(8, 5).to(dtype), 0, train_down=False)

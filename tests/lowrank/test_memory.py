@@ -382,11 +382,11 @@ def test_bad_options_are_refused():
 
 
 def test_state_round_trip_goes_on_bit_for_bit():
-    memory = grown(12, 3)
-    copy = GradientMemory(12)
+    memory = grown(24, 3)
+    copy = GradientMemory(24)
     copy.load_state_dict(memory.state_dict())
     for t in range(3, 6):
-        c = moment(12, seed=t)
+        c = moment(24, seed=t)
         assert torch.equal(copy.design(c, 1), memory.design(c, 1))
         assert copy.update(c, 0.95) == memory.update(c, 0.95)
         assert torch.equal(copy.state_dict()["occupied"], memory.state_dict()["occupied"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import socket
 
 import pytest
@@ -30,7 +31,7 @@ def test_any_split_and_merge_equals_one_shot(seed, cuts, shards):
     whole = SecondMoment(5).update(x).matrix
     parts = [SecondMoment(5) for _ in range(shards)]
     bounds = [0, *sorted(cuts), 60]
-    for index, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (a, b) in enumerate(itertools.pairwise(bounds)):
         parts[index % shards].update(x[a:b])
     merged = SecondMoment(5)
     for part in parts:
@@ -219,7 +220,7 @@ def test_recording_under_inference_mode_can_go_on_outside():
 
 def test_recording_names_the_group_and_removes_hooks_after_an_error():
     layer = nn.Linear(4, 2)
-    with pytest.raises(NumericError, match="'encoder.key'"), record_moments({"encoder.key": layer}):
+    with pytest.raises(NumericError, match=r"'encoder\.key'"), record_moments({"encoder.key": layer}):
         layer(torch.full((1, 4), torch.nan))
     assert not layer._forward_pre_hooks
     with pytest.raises(ShapeError, match="'layer'"), record_moments({"layer": layer}, lambda: torch.ones(5) > 0):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from everlora.errors import OptionError, TaskCountError
@@ -23,7 +25,7 @@ def test_geometric_meets_linear_at_both_ends_and_never_reaches_one():
     assert schedule(0) == pytest.approx(linear(0), abs=1e-15)
     assert schedule(9) == pytest.approx(linear(9), abs=1e-15)
     values = [schedule(t) for t in range(100)]
-    assert all(a < b < 1.0 for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b < 1.0 for a, b in itertools.pairwise(values))
     assert schedule(100_000) < 1.0
 
 

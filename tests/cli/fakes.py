@@ -1,0 +1,84 @@
+"""A stand-in for `everlora.learner`, so that the verbs are tested without a model."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everlora.errors import DataError
+from everlora.results import Counts, Evaluation, Prediction, TaskResult
+
+SCORES = {"refund": 0.75, "parcel": 0.25}
+
+
+class FakeLearner:
+    """Remembers every call, and answers with fixed results."""
+
+    calls: list[tuple[str, Any]]
+
+    def __init__(self) -> None:
+        self.path = Path("unused")
+        self.backbone = types.SimpleNamespace(modality="text", image_size=None)
+
+    @classmethod
+    def create(cls, path: Path, **options: Any) -> FakeLearner:
+        cls.calls.append(("create", (path, options)))
+        return cls()
+
+    @classmethod
+    def open(cls, path: Path, model: str | None = None) -> FakeLearner:
+        cls.calls.append(("open", (path, model)))
+        learner = cls()
+        learner.path = path
+        return learner
+
+    def learn(
+        self, data: str, *, name: str | None, validation: str | None, progress: Callable[..., None], **training: Any
+    ) -> TaskResult:
+        self.calls.append(("learn", (data, name, validation, training)))
+        progress("train", 1, 1)
+        return TaskResult(
+            index=1,
+            name=name or "february",
+            labels=("refund", "parcel"),
+            new_labels=("parcel",),
+            known_labels=("refund",),
+            num_examples=30,
+            num_validation=4,
+            seconds=65.2,
+            steps=12,
+            metrics={"january": 0.5, "february": 1.0},
+            num_truncated=2,
+        )
+
+    def predict(self, inputs: list[str], task: str | None) -> list[Prediction]:
+        self.calls.append(("predict", (list(inputs), task)))
+        return [Prediction("refund", 0.75, SCORES) for _ in inputs]
+
+    def evaluate(self, data: str | None) -> Evaluation:
+        self.calls.append(("evaluate", data))
+        if data == "missing.csv":
+            raise DataError("missing.csv does not exist; give a file.")
+        return Evaluation(0.8, {"january": 0.8}, {"january": Counts(8, 10)})
+
+    def export(self, path: Path, format: str) -> Path:
+        self.calls.append(("export", (path, format)))
+        return path
+
+    def rollback(self, to_task: int) -> tuple[Any, ...]:
+        self.calls.append(("rollback", to_task))
+        return (types.SimpleNamespace(name="february"),)
+
+
+@pytest.fixture
+def learner(monkeypatch: pytest.MonkeyPatch) -> type[FakeLearner]:
+    """The fake in the place of `Learner`; its `calls` start empty."""
+    FakeLearner.calls = []
+    module = types.ModuleType("everlora.learner")
+    module.Learner = FakeLearner  # type: ignore[attr-defined]
+    monkeypatch.setitem(__import__("sys").modules, "everlora.learner", module)
+    return FakeLearner

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import csv
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everlora.cli import learning, runs
+from everlora.methods import list_methods
+from tests.cli.fakes import FakeLearner
+
+
+def test_init_hands_every_switch_on(
+    call_json: Any, learner: type[FakeLearner], intents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "--model m --method probe --scenario task_incremental --text-column t --label-column l --task-column k"
+    switches = "--pooling mean --dtype bfloat16 --keep-validation 5 --seed 7 --set rank=4 --set lr=0.01"
+    report = call_json("init", intents, *words.split(), *switches.split())
+    [(verb, (folder, options))] = learner.calls
+    assert (verb, folder) == ("create", intents)
+    assert options == {
+        "model": "m",
+        "method": "probe",
+        "scenario": "task_incremental",
+        "columns": {"text": "t", "label": "l", "task": "k"},
+        "pooling": "mean",
+        "dtype": "bfloat16",
+        "keep_validation": 5,
+        "seed": 7,
+        "rank": 4,
+        "lr": 0.01,
+    }
+    assert report["method"] == "inflora"  # what the directory says, not what was typed
+
+
+def test_init_leaves_defaults_to_the_library(call: Any, learner: type[FakeLearner], intents: Path) -> None:
+    code, out, err = call("init", intents)
+    [(_, (_, options))] = learner.calls
+    assert options == {"method": "inflora", "scenario": "class_incremental", "columns": None}
+    assert (code, err) == (0, "") and "model /models/[base]" in out
+
+
+def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
+    code, out, err = call("learn", "f", "february.csv", "--model", "m", "--validation", "v.csv", "--set", "epochs=2")
+    assert (code, err) == (0, "")
+    assert learner.calls == [("open", (Path("f"), "m")), ("learn", ("february.csv", None, "v.csv", {"epochs": 2}))]
+    for said in (
+        "Task 2 'february'",
+        "30 rows of 2 labels",
+        "1 min 05 s",
+        "New labels (1): parcel",
+        "Known labels (1): refund",
+        "cut to its length: 2",
+        "january",
+        "50.00",
+        "100.00",
+    ):
+        assert said in out
+    result = call_json("learn", "f", "february.csv", "--name", "second")
+    assert (result["name"], result["known_labels"], result["metrics"]["january"]) == ("second", ["refund"], 0.5)
+
+
+def test_predict_words(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
+    _, out, _ = call("predict", "f", "where is it", "refund me", "--task", "january", "--top", "2")
+    assert learner.calls[-1] == ("predict", (["where is it", "refund me"], "january"))
+    assert out.count("where is it") == 1 and out.count("parcel") == 2 and "0.7500" in out
+    [answer] = call_json("predict", "f", "where is it")
+    assert answer == {
+        "input": "where is it",
+        "label": "refund",
+        "score": 0.75,
+        "top": [{"label": "refund", "score": 0.75}],
+    }
+
+
+def test_predict_a_file(call: Any, call_json: Any, learner: type[FakeLearner], intents: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    # `utterance` is the column the learner was told of; a label column that is empty must not matter.
+    source.write_text("id,utterance,intent,note\n01,where is it,,a\n02,refund me,,b\n")
+    code, out, err = call("predict", intents, "--input", source, "--output", target)
+    assert (code, err) == (0, "") and "Wrote 2 rows" in out
+    assert learner.calls[-1] == ("predict", (["where is it", "refund me"], None))
+    rows = list(csv.DictReader(target.open()))
+    assert rows[0] == {
+        "id": "01",
+        "utterance": "where is it",
+        "intent": "",
+        "note": "a",
+        "label": "refund",
+        "score": "0.75",
+    }
+    call("predict", intents, "--input", source, "--text-column", "note")
+    assert learner.calls[-1] == ("predict", (["a", "b"], None))
+    assert call_json("predict", intents, "--input", source, "--output", target) == {
+        "output": str(target),
+        "num_rows": 2,
+        "columns": ["label", "score"],
+    }
+    assert [row["input"] for row in call_json("predict", intents, "--input", source)] == ["where is it", "refund me"]
+
+
+def test_predict_names_a_missing_column(call: Any, learner: type[FakeLearner], intents: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,utterances\n01,where\n")
+    code, _, err = call("predict", intents, "--input", tmp_path / "in.csv")
+    assert code == 2 and "has no column 'utterance'; did you mean 'utterances'?" in err
+
+
+def test_predict_checks_the_output_before_the_model_is_loaded(
+    call: Any, learner: type[FakeLearner], tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_text("text\na\n")
+    code, _, err = call("predict", "f", "--input", tmp_path / "in.csv", "--output", tmp_path / "out.xls")
+    assert code == 2 and ".xls" in err and learner.calls == []
+
+
+def test_eval(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
+    _, out, _ = call("eval", "f")
+    assert learner.calls[-1] == ("evaluate", None) and "Accuracy 80.00 % on 10 rows." in out and "january" in out
+    assert call_json("eval", "f", "test.csv")["counts"]["january"]["correct"] == 8
+    assert learner.calls[-1] == ("evaluate", "test.csv")
+
+
+def test_status_shows_what_became_of_each_task(call: Any, call_json: Any, intents: Path) -> None:
+    code, out, err = call("status", intents)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    january = next(line for line in lines if "january" in line).split()
+    assert january == ["1", "january", "40", "2", "-", "3.5", "s", "90.00", "70.00", "-20.00"]
+    february = next(line for line in lines if "february" in line).split()
+    assert february == ["2", "february", "30", "1", "parcel", "4.0", "s", "75.00", "75.00", "+0.00"]
+    assert "2 tasks, 3 labels: refund, parcel, invoice" in out and "Mean accuracy now: 72.50 %" in out
+    assert call_json("status", intents)["num_tasks"] == 2
+
+
+def test_status_of_a_folder_that_is_no_learner(call: Any, tmp_path: Path) -> None:
+    code, out, err = call("status", tmp_path / "typo")
+    assert (code, out) == (2, "") and "typo" in err and err.count("\n") == 1
+
+
+def test_export(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
+    assert call("export", "f", "served")[0] == 0
+    assert learner.calls[-1] == ("export", (Path("served"), "merged"))
+    assert call_json("export", "f", "served", "--format", "peft") == {"path": "served", "format": "peft"}
+    assert learner.calls[-1] == ("export", (Path("served"), "peft"))
+
+
+def test_rollback(call: Any, call_json: Any, learner: type[FakeLearner], intents: Path) -> None:
+    _, out, _ = call("rollback", intents, "--to-task", "2")
+    assert learner.calls[-1] == ("rollback", 2) and "as it was after 2 tasks" in out and "february" in out
+    assert call_json("rollback", intents, "--to-task", "2")["num_tasks"] == 2
+
+
+def test_methods(call: Any, call_json: Any) -> None:
+    _, out, _ = call("methods")
+    assert all(entry.name in out for entry in list_methods())
+    assert {entry["name"] for entry in call_json("methods")} >= {"inflora", "sequential", "joint", "probe", "ncm"}
+    _, out, _ = call("methods", "InfLoRA-opt")
+    assert "forward_mode" in out and "epochs" in out and "keep_validation" in out
+    report = call_json("methods", "inflora")
+    assert set(report["options"]) == {"method", "training", "model", "learner"}
+    code, _, err = call("methods", "infora")
+    assert code == 2 and "did you mean 'inflora'" in err
+
+
+@pytest.fixture
+def experiments(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """`run` replaced by one that remembers its arguments and answers with a tiny result."""
+    asked: list[dict[str, Any]] = []
+
+    def run(recipe: str, *, progress: Callable[[str, int, int], None], **options: Any) -> dict[str, Any]:
+        progress("train", 1, 1)
+        asked.append({"recipe": recipe, **options})
+        return {
+            "format": 1,
+            "stream": {"num_tasks": 2, "sizes": [10, 10]},
+            "runs": [
+                {"method": "probe", "label": "Frozen probe", "seed": seed, "correct": [[9, None], [8, 7]]}
+                for seed in (1, 2)
+            ],
+            "folder": "runs/x",
+        }
+
+    import everlora.experiments
+
+    monkeypatch.setattr(everlora.experiments, "run", run, raising=False)
+    return asked
+
+
+def test_run(call: Any, call_json: Any, experiments: list[dict[str, Any]]) -> None:
+    words = "--methods probe,ncm --seeds 1,2 --data d --model m --setting full --set epochs=1 --out o --workers 2"
+    code, out, err = call("run", "digits", *words.split())
+    assert (code, err) == (0, "")
+    assert experiments == [
+        {
+            "recipe": "digits",
+            "methods": ["probe", "ncm"],
+            "seeds": [1, 2],
+            "data": "d",
+            "model": "m",
+            "setting": "full",
+            "out": Path("o"),
+            "options": {"epochs": 1},
+            "workers": 2,
+        }
+    ]
+    assert "Frozen probe" in out and "75.00" in out
+    assert str(Path("runs/x/results.json")) in out and str(Path("runs/x/report.html")) in out
+    assert call_json("run", "digits")["folder"] == "runs/x"
+
+
+def test_recipes(call: Any, call_json: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = types.SimpleNamespace(
+        name="digits", title="Digits", status="runs-here", settings={"standard": 2.5, "full": None}
+    )
+    import everlora.experiments
+
+    monkeypatch.setattr(everlora.experiments, "list_recipes", lambda: [info])
+    monkeypatch.setattr(everlora.experiments, "recipe_text", lambda name: f"name: {name}\n")
+    _, out, _ = call("recipes")
+    assert "digits" in out and "runs-here" in out and "standard 2 min 30 s" in out and "full" not in out
+    assert call("recipes", "digits")[1] == "name: digits\n"
+    assert call_json("recipes", "digits") == {"name": "digits", "text": "name: digits\n"}
+
+
+def test_the_recipes_that_come_with_the_package(call: Any, call_json: Any) -> None:
+    code, _, err = call("recipes", "nothing-like-it")
+    assert code == 2 and err.startswith("error: ") and "nothing-like-it" in err
+    assert isinstance(call_json("recipes"), list)
+
+
+def test_verbs_document_themselves() -> None:
+    for function in (learning.init, learning.learn, runs.run, runs.recipes):
+        assert function.__doc__ and "Args:" not in function.__doc__
+
+
+def test_json_output_is_ascii_safe_for_pipes(call: Any, learner: type[FakeLearner]) -> None:
+    _, out, _ = call("predict", "f", "où est-il", "--json")
+    assert json.loads(out)[0]["input"] == "où est-il"
