@@ -101,7 +101,7 @@ def wording(facts: dict[str, Any]) -> dict[str, str]:
         "draft": "" if training["finished"] else "\n**A snapshot of a run that has not ended.**\n",
         "unused": f"; the last {unused} rows and columns of pixels fill no patch and are not seen" if unused else "",
         "device_use": f"{training['threads']} threads" if on_cpu else "one device",
-        "pretraining_text": "Supervised classification from scratch; the last weights were taken, without early stopping.",
+        "pretraining_text": "Supervised classification from scratch; the last weights were taken, none chosen.",
         "accuracy_text": f"{limit}: it reached {top1:.1%} on the validation images of Tiny ImageNet{far}.",
         "repeat_text": "Its schedule followed the wall clock, so a second run gives similar, not equal, weights."
         if by_clock

@@ -10,12 +10,12 @@ python scripts/pretrain_backbone.py train --data DATA/tiny-imagenet-32px --devic
 python scripts/pretrain_backbone.py report --data DATA/tiny-imagenet-32px --cifar DATA/cifar100
 ```
 
-`train` reads no validation image: there is no early stopping, and the last weights are the ones exported. `report` looks
-at the validation images of Tiny ImageNet and the test images of CIFAR-100 only to state figures.
+`train` reads no validation image: there is no early stopping, and the last weights are the ones exported. `report`
+looks at the validation images of Tiny ImageNet and the test images of CIFAR-100 only to state figures.
 
-With `--epochs` the schedule counts steps and a run can be repeated; with `--budget-seconds` it follows the clock, so that
-a run on a busy machine still ends with a learning rate of zero. The weights are exported every `--export-seconds`, each
-file by one rename.
+With `--epochs` the schedule counts steps and a run can be repeated; with `--budget-seconds` it follows the clock, so
+that a run on a busy machine still ends with a learning rate of zero. The weights are exported every
+`--export-seconds`, each file by one rename.
 """
 
 from __future__ import annotations
@@ -275,8 +275,8 @@ def export(model: ViTForImageClassification, facts: dict[str, object], out: Path
     staging = out.parent / f".{out.name}.{os.getpid()}"
     staging.mkdir(parents=True, exist_ok=True)
     backbone = model.vit
-    backbone.config.architectures = ["ViTModel"]
     half = {name: value.detach().cpu().half().contiguous() for name, value in backbone.state_dict().items()}
+    # Loading follows this entry: training in the float16 of the file would not be stable.
     backbone.config.dtype = torch.float32
     backbone.config.architectures = ["ViTModel"]
     backbone.config.save_pretrained(staging)
@@ -315,9 +315,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         verb.add_argument("--data", type=Path, required=True, help="folder of Tiny ImageNet at 32x32, in parquet")
         verb.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "everlora", help="decoded pixels")
         verb.add_argument("--out", type=Path, default=FOLDER, help="the packaged folder")
-        verb.add_argument(
-            "--limit", type=int, default=None, help="only the first images of each set, to try the script"
-        )
+        verb.add_argument("--limit", type=int, default=None, help="only the first images, to try the script")
         verb.add_argument("--device", default="cpu", help=" ")
         verb.add_argument("--threads", type=int, default=2, help="CPU threads")
     verbs.choices["report"].add_argument("--cifar", type=Path, required=True, help="folder of CIFAR-100, in parquet")

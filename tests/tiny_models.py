@@ -34,7 +34,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "albert": ("AlbertConfig", {**_WIDE, **_TEXT, **_NO_SPECIAL, "embedding_size": 16}),
     "mpnet": ("MPNetConfig", {**_WIDE, **_TEXT, **_NO_SPECIAL, "pad_token_id": 0}),
-    "t5": ("T5Config", {"vocab_size": len(_WORDS), "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 32, "d_kv": 8}),
+    "t5": (
+        "T5Config",
+        {"vocab_size": len(_WORDS), "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 32, "d_kv": 8},
+    ),
 }
 IMAGE_KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers", "beit", "clip_vision_model", "siglip_vision_model")
 TEXT_KINDS = tuple(kind for kind in CONFIGS if kind not in IMAGE_KINDS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -32,7 +33,7 @@ _UNKNOWN = Architecture((), "mean", num_prefix=0)
 _DEFAULT_MAX_LENGTH = 512
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 # What transformers raises for a broken or unsuitable folder.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
 class HuggingFaceBackbone(Backbone):

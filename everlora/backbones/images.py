@@ -107,10 +107,10 @@ class ImageTransform:
             images: `(n, 3, height, width)`, uint8 (any size) or float in [0, 1].
 
         Returns:
-            `(n, 3, size, size)` of the same dtype; unchanged when it already has that size.
+            `(n, 3, size, size)` of the same dtype; at native size when `size` is `None`.
         """
         height, width = images.shape[-2:]
-        if self.size is None or (height == width == self.size):
+        if self.size is None:
             return images
         target = (self.size, self.size)
         if self.short_side is not None:
@@ -169,8 +169,12 @@ class ImageInputs:
         if augment is None:
             images = self.transform.resize(pixels).to(device).float().div(255)
             return {"pixel_values": self.transform.normalise(images)}
-        images = augment(pixels.to(device).float().div(255), torch.from_numpy(encoded.ids[index]))
-        return {"pixel_values": self.transform.normalise(self.transform.resize(images).clamp(0.0, 1.0))}
+        native = pixels.to(device).float().div(255)
+        images = augment(native, torch.from_numpy(encoded.ids[index]))
+        # An augmentation that crops to the final size has done the resizing.
+        is_final = images.shape != native.shape and images.shape[-2:] == (self.transform.size, self.transform.size)
+        images = images if is_final else self.transform.resize(images)
+        return {"pixel_values": self.transform.normalise(images.clamp(0.0, 1.0))}
 
 
 def _row_ids(ids: Sequence[int] | np.ndarray[Any, Any] | None, count: int) -> np.ndarray[Any, Any]:

@@ -87,7 +87,7 @@ def duration(seconds: float | None) -> str:
     """A time as people say it: `3.2 s`, `4 min 05 s`, `2 h 10 min`."""
     if seconds is None:
         return "-"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -51,7 +51,7 @@ class StageProgress:
         self._stages: dict[str, TaskID] = {}
         self._finished: set[str] = set()
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._is_closed = self._is_shown = False
         self._timer = threading.Timer(delay_seconds, self._show)
         self._timer.daemon = True
 
@@ -59,6 +59,7 @@ class StageProgress:
         with self._lock:
             if not self._is_closed and self._console.is_terminal:
                 self._bars.start()
+                self._is_shown = True
 
     def __enter__(self) -> StageProgress:
         self._begun = time.monotonic()
@@ -72,7 +73,8 @@ class StageProgress:
         with self._lock:
             self._is_closed = True
             self._drop_waiting()
-            self._bars.stop()
+            if self._is_shown:
+                self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Record that `done` of `total` steps of `stage` are behind us; `total = 0` means it is not known."""

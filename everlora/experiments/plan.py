@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -47,9 +49,9 @@ class Plan:
     data: Any = None
     options: Given = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def recipe(self) -> Recipe:
-        """The recipe, read again from its text."""
+        """The recipe, read from its text."""
         return parse_recipe(self.text, file=self.file)
 
     @property
@@ -173,7 +175,7 @@ def make_plan(
     plan = Plan(text, file, setting, rows, wanted_seeds, "", data, dict(options or {}))
     _check_options(plan, recipe)
     found = str(model) if model is not None else _first_model(recipe)
-    return Plan(text, file, setting, rows, wanted_seeds, found, data, plan.options)
+    return dataclasses.replace(plan, model=found)
 
 
 def method_row(recipe: Recipe, row: str) -> MethodRow:

@@ -66,7 +66,7 @@ class TaskHeads(nn.Module):
 
     def load_task(self, classes: Sequence[int], weight: Tensor, bias: Tensor) -> None:
         """Append a frozen head with given rows, `weight (rows, features)` and `bias (rows,)`."""
-        head = self.add_task(classes)
+        head = self.add_task(classes).to(weight.dtype)
         with torch.no_grad():
             head.weight.copy_(weight)
             head.bias.copy_(bias)

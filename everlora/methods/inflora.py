@@ -32,6 +32,7 @@ from everlora.lowrank import (
     attach,
     input_groups,
     record_moments,
+    share_down,
 )
 from everlora.methods.base import (
     Batch,
@@ -263,10 +264,10 @@ class InfLoRA(Method):
                 stacklevel=2,
             )
         down = _named(group, memory.design, self._moments[group], rank) if rank else None
-        # one Parameter for all layers of the group, so that they compute its product with their input once
-        shared = None if down is None else nn.Parameter(down.float(), requires_grad=False)
         for name in names:
-            self._layers[name].start_block(rank, down=shared)
+            self._layers[name].start_block(rank, down=down)
+        if rank:
+            share_down([self._layers[name] for name in names])  # their product with the common input is computed once
 
     def _empty_memory(self, dim: int) -> GradientMemory:
         options = self.options

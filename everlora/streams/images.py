@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import io
 import logging
+import math
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +136,9 @@ def _decode_cached(
     unfinished = target.with_name(f"{target.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
     def allocate(shape: tuple[int, ...], dtype: type) -> NDArray[np.uint8]:
+        # A full disk must be an error here: met while writing through the map it would kill the process.
+        if shutil.disk_usage(target.parent).free < math.prod(shape):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
         return np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=shape)
 
     try:
@@ -144,7 +151,8 @@ def _decode_cached(
         _LOGGER.warning("cannot cache decoded images at %s (%s); keeping them in memory", target, error)
         return _decode_all(batch, fit, image_size, progress, np.zeros)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
     opened = _open_cached(target, len(batch.records))
     if opened is None:
         raise DataError(f"the cache file {target} changed while it was written; remove it and try again")

@@ -74,7 +74,7 @@ def test_version(call: Any) -> None:
         (["lern"], "No such command 'lern'"),
         (["learn", "folder"], "Missing argument 'DATA'"),
         (["status", "folder", "--colour"], "No such option: --colour"),
-        (["rollback", "folder", "--to-task", "two"], "'two'"),
+        (["rollback", "folder", "--to-task", "two"], "'--to-task'"),
         (["init", "folder", "--set", "rank"], "expected KEY=VALUE, found 'rank'"),
         (["init", "folder", "--seed", "1", "--set", "seed=2"], "the option 'seed' is given twice"),
         (["run", "digits", "--seeds", "1,two"], "expected whole numbers"),

@@ -84,7 +84,7 @@ def test_predict_a_file(call: Any, call_json: Any, learner: type[FakeLearner], i
     code, out, err = call("predict", intents, "--input", source, "--output", target)
     assert (code, err) == (0, "") and "Wrote 2 rows" in out
     assert learner.calls[-1] == ("predict", (["where is it", "refund me"], None))
-    rows = list(csv.DictReader(target.open()))
+    rows = list(csv.DictReader(target.read_text().splitlines()))
     assert rows[0] == {
         "id": "01",
         "utterance": "where is it",

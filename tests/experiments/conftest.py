@@ -24,7 +24,7 @@ stream:
   increment: 2
   order: seed
 model: [packaged]
-training: {epochs: 2, batch_size: 8, lr: 1e-2, augment: none}
+training: {epochs: 1, batch_size: 10, lr: 1e-2, augment: none}
 methods:
   inflora: {method: inflora, label: InfLoRA, set: {rank: 2}}
   free: {method: inflora, label: without projection, set: {rank: 2, projection: false}}
@@ -36,7 +36,7 @@ seeds: [3, 4]
 settings:
   standard: {}
   short:
-    training: {epochs: 1}
+    training: {epochs: 2}
     set: {rank: 1}
     subsample: {train: 3, test: 2}
     methods: [inflora]
@@ -74,7 +74,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT of 8x8 pixels with random weights."""
     folder = tmp_path_factory.mktemp("network")
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -83,7 +83,8 @@ def test_a_setting_changes_the_stream():
 def test_reading_recipes_imports_no_torch():
     code = (
         "import sys; from everlora.experiments import list_recipes, recipe_text, load_recipe; list_recipes();"
-        "load_recipe('digits'); bad = {'torch', 'datasets', 'transformers', 'numpy'} & set(sys.modules); assert not bad, bad"
+        "load_recipe('digits'); bad = {'torch', 'datasets', 'transformers', 'numpy'} & set(sys.modules);"
+        "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -114,11 +115,19 @@ def test_a_recipe_can_be_a_file(recipe_file):
         ("runs-here", "ran-here", "field 'status' has the value 'ran-here'"),
         ("seeds: [3, 4]", "seeds: []", "field 'seeds' has the value []"),
         ("seeds: [3, 4]", "seeds: [three]", "field 'seeds[0]' has the value 'three'"),
-        ("  builtin: sklearn:digits", "  config: x", "'data' names no source; give one of hub, shared, builtin or sets"),
+        (
+            "  builtin: sklearn:digits",
+            "  config: x",
+            "'data' names no source; give one of hub, shared, builtin or sets",
+        ),
         ("  increment: 2\n", "", "'stream' splits by class without increment"),
-        ("    training: {epochs: 1}", "    stream: {incremant: 1}", "'settings.short.stream.incremant'; did you mean"),
+        ("    training: {epochs: 2}", "    stream: {incremant: 1}", "'settings.short.stream.incremant'; did you mean"),
         ("title: Six colours in three tasks\n", "", "field 'title' is missing"),
-        ("name: tiny", "name: tiny\nname: other", "tiny.yaml, line 2: not a valid YAML file: the key 'name' is given twice"),
+        (
+            "name: tiny",
+            "name: tiny\nname: other",
+            "tiny.yaml, line 2: not a valid YAML file: the key 'name' is given twice",
+        ),
         ("name: tiny", "name: Tiny Recipe", "field 'name' has the value 'Tiny Recipe'"),
         ("name: tiny", "name: [", "tiny.yaml, line"),
         ("name: tiny", "name: tiny\n7: x", "found the key 7"),
@@ -134,7 +143,9 @@ def test_a_broken_recipe_is_refused_in_one_sentence(tiny, old, new, words):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["", "just words", "- a\n- list\n", "name: !!python/object:os.system {}", "a: &x [*x]"])
+@pytest.mark.parametrize(
+    "text", ["", "just words", "- a\n- list\n", "name: !!python/object:os.system {}", "a: &x [*x]"]
+)
 def test_text_that_is_no_recipe(text):
     with pytest.raises(OptionError, match=r"^odd\.yaml"):
         parse_recipe(text, file="odd.yaml")

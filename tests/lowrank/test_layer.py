@@ -70,7 +70,9 @@ def test_gradients_pass_the_numerical_check(mode, train_down):
     up, bias = (t.detach().clone().requires_grad_() for t in (layer.up, layer.base.bias))
 
     def run(x, up, down, bias):
-        return functional_call(layer, {"up": up, "down": down, "base.bias": bias}, (x,))
+        # gradcheck writes through `.data`, which no version counter sees, and between a forward pass and its backward
+        # pass; so each run has its own tensors and its own working weight.
+        return functional_call(copy.deepcopy(layer), {"up": up.clone(), "down": down.clone(), "base.bias": bias}, (x,))
 
     assert torch.autograd.gradcheck(run, (x, up, down, bias))
 
@@ -414,6 +416,40 @@ def test_the_start_of_a_block():
     assert torch.equal(layer.down, first) and layer.down.requires_grad
     frozen = LowRankLinear(nn.Linear(6, 5), 2, train_down=False)
     assert not frozen.down.requires_grad and frozen.up.requires_grad
+
+
+def test_a_parameter_given_as_down_is_shared_and_a_tensor_is_copied():
+    first, second = LowRankLinear(nn.Linear(6, 5), 2, train_down=False), LowRankLinear(nn.Linear(6, 4), 0)
+    second.start_block(2, down=first.down)
+    assert second.down is first.down
+    values = torch.ones(2, 6)
+    second.start_block(2, down=values)
+    values.zero_()
+    assert second.down.min() == 1.0
+
+
+class Quantised(nn.Linear):
+    """Eight-bit weights with one scale, as quantised layers look from outside."""
+
+    def __init__(self):
+        super().__init__(6, 5)
+        self.weight = nn.Parameter(torch.randint(-9, 9, (5, 6), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return functional.linear(x, self.weight.to(x.dtype) / 10, self.bias)
+
+
+def test_a_quantised_base_runs_factored_and_refuses_the_rest():
+    layer = LowRankLinear(Quantised(), 2)
+    assert layer.resolved_mode == "factored"
+    with torch.no_grad():
+        layer.up.add_(1.0)
+    x = rand(3, 6)
+    assert torch.allclose(layer(x), layer.base(x) + x @ layer.down.T @ layer.up.T, atol=1e-5)
+    with pytest.raises(UnsupportedError, match="int8"):
+        layer.effective_weight()
+    with pytest.raises(UnsupportedError, match="int8"):
+        LowRankLinear(Quantised(), 2, forward_mode="folded")
 
 
 def test_bad_arguments_are_refused():

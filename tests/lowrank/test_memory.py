@@ -141,9 +141,9 @@ def test_design_avoids_the_memory_for_both_kinds(tasks, kind):
 
 
 def test_basis_stays_orthonormal_over_fifty_updates():
-    memory = GradientMemory(120)
+    memory = GradientMemory(48)
     for t in range(50):
-        memory.update(moment(120, seed=t, decay=2.0), min(0.5 + 0.0099 * t, 0.99))
+        memory.update(moment(48, seed=t, decay=2.0), min(0.5 + 0.0099 * t, 0.99))
         basis = memory.basis
         assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=F64), atol=1e-10)
     assert memory.updates == 50 and memory.occupied_rank > 20
