@@ -309,6 +309,7 @@ class Learner:
         index = len(store.tasks)
         known = set(self.classes)
         labels = examples.classes
+        self._label_kind = self._label_kind or examples.label_kind
         self.classes += [label for label in labels if label not in known]
         self._labels.append(labels)
         numbers = {label: number for number, label in enumerate(self.classes)}

@@ -204,7 +204,7 @@ def _compare(snippet: Snippet, folder: Path, probe: Any) -> float:
     try:
         with torch.no_grad():
             expected = snippet.head.logits(backbone.features(batch)).cpu()
-            found = _written_logits(snippet, folder, {name: tensor.cpu() for name, tensor in batch.items()})
+            found = _written_logits(snippet, folder, batch).cpu()
     finally:
         for module, training in modes:
             module.training = training
@@ -231,7 +231,8 @@ def _written_logits(snippet: Snippet, folder: Path, batch: dict[str, Tensor]) ->
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder))
-    model.eval()
+    # On the learner's own device: between devices float32 convolutions may differ by more than rounding.
+    model.to(backbone.device).eval()
     arguments: dict[str, Any] = {key: value for key, value in batch.items() if key in _BATCH_KEYS}
     if "pixel_values" in arguments:
         arguments["pixel_values"] = arguments["pixel_values"].to(backbone.dtype)

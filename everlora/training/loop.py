@@ -113,6 +113,10 @@ class TaskTrainer:
         started, self.collect_seconds = time.monotonic(), 0.0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+            return self._learn(task, data, started)
+
+    def _learn(self, task: TaskInfo, data: TaskData, started: float) -> TrainingReport:
         collector = _Collector(self, task, data)
         self.method.begin_task(task, collector)
         groups = {name: params for name, params in self.method.parameters().items() if params}
@@ -176,20 +180,19 @@ class TaskTrainer:
         total = options.epochs * math.ceil(len(data) / options.batch_size)
         log, step = [], 0
         cached = self.features(data, "features") if self._features_are_fixed() else None
-        with torch.random.fork_rng(devices=[]):
-            for epoch in range(options.epochs):
-                factor = rate_factor(options, epoch)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
-                losses = []
-                for rows in self._order(data, task.index, epoch):
-                    # dropout is keyed by the step's place, not by what ran before
-                    torch.manual_seed(fold_key(options.seed, task.index, epoch, step))
-                    batch = self._batch(data, rows, epoch=epoch, cached=cached)
-                    losses.append(self._step(batch, optimizer, task, step))
-                    step += 1
-                    self._progress(f"train {task.name}", step, total)
-                log.append({"epoch": epoch, "loss": float(np.mean(losses)), "lr": options.lr * factor})
+        for epoch in range(options.epochs):
+            factor = rate_factor(options, epoch)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            losses = []
+            for rows in self._order(data, task.index, epoch):
+                # dropout is keyed by the step's place, not by what ran before
+                torch.manual_seed(fold_key(options.seed, task.index, epoch, step))
+                batch = self._batch(data, rows, epoch=epoch, cached=cached)
+                losses.append(self._step(batch, optimizer, task, step))
+                step += 1
+                self._progress(f"train {task.name}", step, total)
+            log.append({"epoch": epoch, "loss": float(np.mean(losses)), "lr": options.lr * factor})
         self.backbone.eval()
         return log, step
 

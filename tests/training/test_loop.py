@@ -1,0 +1,135 @@
+"""The training loop: order, schedules, non-finite losses, no call for other rows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from everlora.backbones import load_backbone
+from everlora.errors import DataError, NumericError, OptionError
+from everlora.methods import method_spec
+from everlora.methods.base import Batch, Loss, TaskInfo
+from everlora.methods.registry import parse_options
+from everlora.training import TaskData, TaskTrainer, TrainingOptions
+from everlora.training.options import make_optimizer, rate_factor
+from tests.toy import tiny_model, toy_images, toy_texts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("bert", tmp_path_factory.mktemp("bert"))
+
+
+def _trainer(folder: Path, **options: object) -> tuple[TaskTrainer, TaskData, TaskInfo]:
+    backbone = load_backbone(folder)
+    spec = method_spec("probe")
+    method = spec.method_class(spec.options({"rank": 2}), backbone, seed=1)
+    data = TaskData.of(backbone, toy_texts(["a", "b"], 20), {"a": 0, "b": 1})
+    trainer = TaskTrainer(backbone, method, TrainingOptions(**{"batch_size": 8, "epochs": 2, **options}))
+    return trainer, data, TaskInfo(0, "first", (0, 1), len(data))
+
+
+def test_cosine99_is_the_official_schedule() -> None:
+    options = TrainingOptions(epochs=20)
+    factors = [rate_factor(options, epoch) for epoch in range(20)]
+    assert factors[0] == 1 and factors[-1] == pytest.approx(math.cos(99 * math.pi / 200)) == pytest.approx(0.0157, abs=1e-4)
+    assert factors == sorted(factors, reverse=True)
+    assert rate_factor(TrainingOptions(epochs=1), 0) == 1.0
+
+
+def test_other_schedules() -> None:
+    steps = TrainingOptions(epochs=5, lr_schedule="steps", milestones=(4,))
+    assert [rate_factor(steps, epoch) for epoch in range(5)] == [1, 1, 1, 1, pytest.approx(0.1)]
+    assert rate_factor(TrainingOptions(epochs=4, lr_schedule="cosine"), 2) == pytest.approx(0.5)
+    assert rate_factor(TrainingOptions(epochs=4, lr_schedule="constant"), 3) == 1
+
+
+def test_head_and_adapters_have_their_own_rates() -> None:
+    groups = {"adapter": [torch.nn.Parameter(torch.ones(1))], "head": [torch.nn.Parameter(torch.ones(1))]}
+    optimizer = make_optimizer(TrainingOptions(lr=0.1, head_lr=0.5, optimizer="sgd"), groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+    assert isinstance(make_optimizer(TrainingOptions(optimizer="adamw"), groups), torch.optim.AdamW)
+
+
+def test_an_epoch_sees_every_row_once_with_texts_of_like_length_together(folder: Path) -> None:
+    trainer, data, _ = _trainer(folder)
+    orders = [trainer._order(data, 0, epoch) for epoch in range(2)]
+    for batches in orders:
+        assert sorted(torch.cat(batches).tolist()) == list(range(len(data)))
+        assert all(len(batch) <= 8 for batch in batches)
+    assert [b.tolist() for b in orders[0]] != [b.tolist() for b in orders[1]]
+    lengths = torch.as_tensor(trainer.backbone.lengths(data.encoded))
+    spread = [int(lengths[b].max() - lengths[b].min()) for b in orders[0]]
+    assert sum(spread) < len(spread) * int(lengths.max() - lengths.min())
+
+
+def test_what_ran_before_does_not_matter(folder: Path) -> None:
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        trainer, data, task = _trainer(folder)
+        state = torch.get_rng_state()
+        report = trainer.learn(task, data)
+        assert torch.equal(torch.get_rng_state(), state), "the caller's random state is left alone"
+        results.append((trainer.method.state()["tasks/000/head/weight"], report.log))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+def test_report_counts_steps_and_trained_elements(folder: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    trainer, data, task = _trainer(folder)
+    trainer._progress = lambda *event: seen.append(event)
+    report = trainer.learn(task, data)
+    assert report.steps == 2 * 5 and report.trainable_parameters == 2 * (16 + 1)
+    assert [row["epoch"] for row in report.log] == [0, 1] and report.peak_memory_bytes > 1e7
+    assert ("train first", 10, 10) in seen
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate(folder: Path) -> None:
+    trainer, data, task = _trainer(folder)
+    trainer.method.loss = lambda batch: Loss(torch.tensor(torch.nan, requires_grad=True))  # type: ignore[method-assign]
+    with pytest.raises(NumericError, match=r"task 'first' is nan at step 0 \(learning rate 0.001\)"):
+        trainer.learn(task, data)
+
+
+def test_fixed_features_are_computed_once_and_agree_with_the_encoder(folder: Path) -> None:
+    trainer, data, task = _trainer(folder, epochs=3)
+    calls = []
+    encode = trainer.backbone.features
+    trainer.backbone.features = lambda batch: calls.append(1) or encode(batch)  # type: ignore[method-assign]
+    trainer.learn(task, data)
+    assert len(calls) == 1, "40 rows fit one evaluation batch; training asks for no more"
+    features = trainer.features(data, "again")
+    torch.testing.assert_close(trainer.method.logits(Batch({}, data.labels, features)).shape, torch.Size([40, 2]))
+
+
+def test_unknown_labels_and_empty_sets_are_refused(folder: Path) -> None:
+    backbone = load_backbone(folder)
+    with pytest.raises(DataError, match="label 'b' .* unknown"):
+        TaskData.of(backbone, toy_texts(["a", "b"], 2), {"a": 0})
+    with pytest.raises(DataError, match="no rows"):
+        TaskData.of(backbone, toy_texts(["a"], 2).select([]), {"a": 0})
+
+
+def test_images_are_augmented_by_key(tmp_path: Path) -> None:
+    backbone = load_backbone(tiny_model("vit", tmp_path))
+    spec = method_spec("probe")
+    method = spec.method_class(spec.options({}), backbone, seed=1)
+    data = TaskData.of(backbone, toy_images(["a", "b"], 6), {"a": 0, "b": 1})
+    trainer = TaskTrainer(backbone, method, TrainingOptions(augment="crop_flip"))
+    rows = torch.arange(12)
+    first, again, other = (trainer._batch(data, rows, epoch=e).inputs["pixel_values"] for e in (0, 0, 1))
+    plain = trainer._batch(data, rows, epoch=None).inputs["pixel_values"]
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, plain)
+    swapped = trainer._batch(data, rows.flip(0), epoch=0).inputs["pixel_values"]
+    torch.testing.assert_close(swapped.flip(0), first, rtol=0, atol=1e-5)
+
+
+def test_options_are_validated() -> None:
+    with pytest.raises(OptionError, match="did you mean 'epochs'"):
+        parse_options(TrainingOptions, {"epoch": 3}, "training")
+    with pytest.raises(OptionError, match="'lr' of training: .*greater than 0"):
+        parse_options(TrainingOptions, {"lr": 0}, "training")
