@@ -358,7 +358,7 @@ class Learner:
         report: TrainingReport,
         evaluation: Mapping[str, Mapping[str, int]],
     ) -> None:
-        files = split_state(self.method.state(), result.index, store.header["base_model"])
+        files = split_state(self.method.state(), result.index)
         kept = self._kept.get(result.index)
         if kept is not None:
             files.arrays[KEPT_FILE] = pack_rows(kept)

@@ -14,7 +14,7 @@ from everlora.methods import MethodSpec, method_spec
 from everlora.methods.registry import parse_options
 from everlora.training import TrainingOptions
 
-__all__ = ["SCENARIOS", "LearnerOptions", "ModelOptions", "Settings"]
+__all__ = ["SCENARIOS", "LearnerOptions", "ModelOptions", "Settings", "check_scenario"]
 
 SCENARIOS = ("class_incremental", "domain_incremental", "task_incremental")
 

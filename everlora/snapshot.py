@@ -44,13 +44,12 @@ class TaskFiles:
     state_values: dict[str, Any] = field(default_factory=dict)
 
 
-def split_state(state: Mapping[str, Any], index: int, base_model: str) -> TaskFiles:
+def split_state(state: Mapping[str, Any], index: int) -> TaskFiles:
     """Sort a method's state into the files of its newest task and what it carries on.
 
     Args:
         state: of the method, after task `index`.
         index: the newest task; entries of earlier tasks are on disk already and are left out.
-        base_model: name of the base, for PEFT's configuration.
     """
     files = TaskFiles()
     prefix = task_key(index, "")
@@ -75,7 +74,7 @@ def split_state(state: Mapping[str, Any], index: int, base_model: str) -> TaskFi
         files.arrays[ADAPTER_WEIGHTS] = to_peft_tensors(pairs)
         ranks = {layer: len(down) for layer, (down, _) in pairs.items()}
         if any(ranks.values()):  # a task without a single free direction has no adapter that PEFT could describe
-            files.documents[ADAPTER_CONFIG] = lora_config(ranks, base_model=base_model)
+            files.documents[ADAPTER_CONFIG] = lora_config(ranks)
     return files
 
 

@@ -63,7 +63,7 @@ def test_without_kept_rows_evaluate_needs_data(vit: Path, tmp_path: Path) -> Non
     learner.learn(toy_images(["a", "b"]))
     with pytest.raises(DataError, match="keeps no validation rows"):
         learner.evaluate()
-    with pytest.raises(DataError, match="label 'z' .*never learned"):
+    with pytest.raises(DataError, match=r"label 'z' .*never learned"):
         learner.evaluate(toy_images(["a", "z"], 2))
     assert learner.evaluate(toy_images(["a"], 2)).counts["task-1"].size == 2
 
@@ -164,7 +164,10 @@ def test_labels_of_another_type_are_refused(bert: Path, tmp_path: Path) -> None:
 def test_columns_can_be_named(bert: Path, tmp_path: Path) -> None:
     columns = {"text": "utterance", "label": "intent"}
     learner = Learner.create(tmp_path / "learner", model=bert, method="ncm", columns=columns, **FAST)
-    rows = [{"utterance": "red card", "note": "zzz", "intent": "x"}, {"utterance": "parcel", "note": "q", "intent": "y"}]
+    rows = [
+        {"utterance": "red card", "note": "zzz", "intent": "x"},
+        {"utterance": "parcel", "note": "q", "intent": "y"},
+    ]
     learner.learn(rows, name="rows")
     assert learner.predict(["red card"])[0].label == "x"
     with pytest.raises(DataError, match="utterance"):

@@ -10,7 +10,6 @@ import numpy as np
 
 from everlora import Learner
 from everlora.streams import Examples
-
 from tests.tiny_models import save_tiny
 
 FAST: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "augment": "none"}
@@ -56,8 +55,10 @@ def toy_tasks(modality: str, count: int = 3) -> list[Examples]:
 
 def toy_learner(folder: Path, model: Path, method: str, **options: Any) -> Learner:
     """A learner on a tiny model, quick to train."""
-    rank = {} if method == "ncm" else {"rank": 2}
-    return Learner.create(folder, model=model, method=method, **{**FAST, **rank, **options})
+    options = {**FAST, "rank": 2, **options}
+    if method == "ncm":
+        del options["rank"]
+    return Learner.create(folder, model=model, method=method, **options)
 
 
 def tiny_model(kind: str, folder: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 from everlora.errors import ModelError
 
-__all__ = ["cache_folder", "model_fingerprint", "model_files"]
+__all__ = ["cache_folder", "model_files", "model_fingerprint"]
 
 logger = logging.getLogger("everlora.backbones")
 

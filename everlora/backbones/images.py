@@ -15,7 +15,7 @@ from torch import Tensor
 from everlora.backbones.inputs import Encoded, EncodedImages, Rows, as_rows
 from everlora.errors import DataError, OptionError
 
-__all__ = ["Augment", "ImageInputs", "ImageTransform"]
+__all__ = ["Augment", "ImageInputs", "ImageTransform", "check_image_size"]
 
 logger = logging.getLogger("everlora.backbones")
 

@@ -15,7 +15,7 @@ from everlora.backbones.huggingface import HuggingFaceBackbone, accepts
 from everlora.export.head import ExportHead
 from everlora.lowrank.layer import LowRankLinear
 
-__all__ = ["build_classifier", "build_encoder", "classifier_for", "merged_state"]
+__all__ = ["build_classifier", "build_encoder", "classifier_for", "merged_state", "takes_pooler"]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from everlora.export.snippet import Snippet
 from everlora.lowrank.layer import LowRankLinear
 from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_config, to_peft_tensors
 
-__all__ = ["EXPORT_INFO", "ExportReport", "export_merged", "export_peft"]
+__all__ = ["EXPORT_INFO", "ExportReport", "base_location", "export_merged", "export_peft"]
 
 logger = logging.getLogger("everlora.export")
 

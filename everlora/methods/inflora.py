@@ -109,9 +109,7 @@ class InfLoRAOptions:
 @register(
     "inflora",
     presets={"inflora_opt": {"forward_mode": "folded"}},
-    about={
-        "inflora_opt": "InfLoRA with earlier branches folded into one working weight: same function, flat cost."
-    },
+    about={"inflora_opt": "InfLoRA with earlier branches folded into one working weight: same function, flat cost."},
 )
 class InfLoRA(Method):
     """InfLoRA (arXiv 2404.00228), in the official order of steps: section 7 of the reference page."""

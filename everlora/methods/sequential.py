@@ -30,7 +30,7 @@ from everlora.methods.base import (
 )
 from everlora.methods.registry import register
 
-__all__ = ["Sequential", "SequentialOptions"]
+__all__ = ["Sequential", "SequentialOptions", "TunedEncoder"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,24 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "NO_FUTURE_COLUMNS",
+    "ONE_TASK",
+    "FloatArray",
+    "Measure",
+    "area_under_steps",
+    "backward_transfer",
+    "backward_transfer_all_rows",
+    "forgetting",
+    "forward_transfer",
+    "forward_transfer_all_rows",
+    "mapped",
+    "mean_of",
+    "retention",
+    "seen_mean",
+    "undefined",
+]
+
 FloatArray: TypeAlias = NDArray[np.float64]
 
 ONE_TASK = "needs at least two tasks"

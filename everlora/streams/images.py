@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 from everlora.errors import DataError
 
-__all__ = ["MEMORY_LIMIT_BYTES", "IMAGE_SUFFIXES", "Progress", "cache_folder", "decode_images"]
+__all__ = ["IMAGE_SUFFIXES", "MEMORY_LIMIT_BYTES", "Progress", "cache_folder", "decode_images"]
 
 Progress = Callable[[int, int], None]
 # Decoding this much takes about two seconds; smaller sets are decoded anew each time.

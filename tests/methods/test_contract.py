@@ -77,8 +77,14 @@ def test_learns_leaves_the_base_alone_and_reopens_to_the_same_answers(
         assert answer.label == next(iter(answer.scores)) and sum(answer.scores.values()) == pytest.approx(1, abs=1e-5)
     log = LearnerStore.open(tmp_path / "learner").read_task(0).log()
     assert (name == "ncm") == (not log)
-    if log:
-        assert log[-1]["loss"] < log[0]["loss"]
+
+
+@pytest.mark.parametrize(("name", "options"), ROWS)
+def test_learns_what_can_be_learned(name: str, options: dict, models: dict[str, Path], tmp_path: Path) -> None:
+    learner = toy_learner(tmp_path / "learner", models["vit"], name, **{**options, "epochs": 15, "rank": 2})
+    rows = toy_images(["dark", "bright"], 16)
+    learner.learn(rows)
+    assert learner.evaluate(rows).accuracy > 0.9
 
 
 @pytest.mark.parametrize(("name", "options"), IN_TURN)

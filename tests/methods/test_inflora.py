@@ -252,7 +252,8 @@ def test_old_inputs_inside_the_memory_are_not_disturbed() -> None:
     encoder, calls = ToyEncoder(), []
     method = _make(encoder, threshold="constant", threshold_start=1 - 1e-12, first_task="reach")
     exact = torch.randn(3, WIDTH, dtype=torch.float64)
-    first = Batch({"x": torch.randn(40, 3, 3, dtype=torch.float64) @ exact, "mask": torch.ones(40, 3)}, torch.arange(40) % 2)
+    tokens = torch.randn(40, 3, 3, dtype=torch.float64) @ exact
+    first = Batch({"x": tokens, "mask": torch.ones(40, 3)}, torch.arange(40) % 2)
     collect = _collector(encoder, first, calls)
     method.begin_task(TaskInfo(0, "", (0, 1), 40), collect)
     method.heads.double()
@@ -311,8 +312,10 @@ def test_state_round_trip_is_bitwise_and_goes_on_identically() -> None:
     old, new = method.state(), restored.state()
     assert old.keys() == new.keys()
     for key, value in old.items():
-        same = torch.allclose(value, new[key], rtol=1e-9, atol=1e-10) if isinstance(value, Tensor) else value == new[key]
-        assert same, key
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(value, new[key], rtol=1e-9, atol=1e-10)
+        else:
+            assert value == new[key], key
     for key in old:
         if "/memory/" in key or key.endswith("/down"):
             assert torch.equal(old[key], new[key]), f"{key} must be the same to the bit"
@@ -338,7 +341,8 @@ def test_the_second_pass_can_be_left_out() -> None:
 
 
 def test_images_of_one_class_more(tmp_path: Path) -> None:
-    learner = toy_learner(tmp_path / "learner", tiny_model("vit", tmp_path / "model"), "inflora", strict_new_classes=True)
+    model = tiny_model("vit", tmp_path / "model")
+    learner = toy_learner(tmp_path / "learner", model, "inflora", strict_new_classes=True)
     learner.learn(toy_images(["a", "b"]))
     with pytest.raises(ValueError, match="strict_new_classes"):
         learner.learn(toy_images(["b", "c"]))
