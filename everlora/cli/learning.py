@@ -9,6 +9,7 @@ import typer
 from everlora.cli import output
 from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder, Settings, columns_from, parse_settings
 from everlora.cli.progress import StageProgress
+from everlora.methods.catalogue import DEFAULT
 
 if TYPE_CHECKING:
     from everlora.results import TaskResult
@@ -33,7 +34,7 @@ def init(
             "with everlora, the default for images.",
         ),
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="How it learns; 'everlora methods' lists them.")] = "inflora",
+    method: Annotated[str, typer.Option("--method", help="How it learns; 'everlora methods' lists them.")] = DEFAULT,
     scenario: Annotated[
         str,
         typer.Option("--scenario", help="class_incremental, domain_incremental or task_incremental."),

@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from everlora.methods.catalogue import DEFAULT
+
 __all__ = [
     "ColumnNames",
     "DataSpec",
@@ -171,7 +173,7 @@ class PublishedFigure(_Part):
 
     source: str
     setting: str = "standard"
-    method: str = "inflora"
+    method: str = DEFAULT
     label: str | None = None
     last: Percent | None = Field(default=None, ge=0, le=100)
     last_sd: Percent | None = Field(default=None, ge=0, le=100)
