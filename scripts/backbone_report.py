@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import ViTModel
 
-PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
-TRIAL_ITERATIONS, FINAL_ITERATIONS = 100, 200
+PENALTIES = (1e-4, 1e-3, 1e-2)
+TRIAL_ITERATIONS, FINAL_ITERATIONS = 60, 200
 NEIGHBOURS = 20
 logger = logging.getLogger("everlora.pretrain")
 

@@ -49,9 +49,15 @@ def _print_methods(entries: tuple[MethodEntry, ...], *, as_json: bool) -> None:
     if as_json:
         output.emit_json(entries)
         return
-    rows = [(entry.name, ", ".join(entry.aliases), entry.summary) for entry in entries]
+    rows = [(_marked(entry.name), ", ".join(entry.aliases), entry.summary) for entry in entries]
     output.table(("method", "also called", "what it does"), rows)
     output.line("'everlora methods NAME' lists the options of one.")
+
+
+def _marked(name: str) -> str:
+    from everlora.methods.catalogue import DEFAULT
+
+    return f"{name} (default)" if name == DEFAULT else name
 
 
 def _print_options(entry: MethodEntry, groups: dict[str, tuple[MethodOption, ...]], *, as_json: bool) -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder, Settings, columns_from, parse_settings
+from everlora.cli.parameters import (
+    AsJson,
+    BaseModel,
+    Debug,
+    Folder,
+    ImageColumn,
+    LabelColumn,
+    Settings,
+    TextColumn,
+    columns_from,
+    parse_settings,
+)
 from everlora.cli.progress import StageProgress
-from everlora.methods.catalogue import DEFAULT
 
 if TYPE_CHECKING:
     from everlora.results import TaskResult
@@ -34,16 +45,20 @@ def init(
             "with everlora, the default for images.",
         ),
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="How it learns; 'everlora methods' lists them.")] = DEFAULT,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="How it learns; 'everlora methods' lists them and marks the default."),
+    ] = None,
     scenario: Annotated[
         str,
         typer.Option("--scenario", help="class_incremental, domain_incremental or task_incremental."),
     ] = "class_incremental",
-    text_column: Annotated[str | None, typer.Option("--text-column", help="Column that holds the texts.")] = None,
-    image_column: Annotated[str | None, typer.Option("--image-column", help="Column that holds the images.")] = None,
-    label_column: Annotated[str | None, typer.Option("--label-column", help="Column that holds the labels.")] = None,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     task_column: Annotated[
-        str | None, typer.Option("--task-column", help="Column that says which task or domain a row is of.")
+        str | None,
+        typer.Option("--task-column", metavar="NAME", help="Column that says which task or domain a row is of."),
     ] = None,
     pooling: Annotated[
         str | None, typer.Option("--pooling", help="How tokens become one vector: auto, cls, mean, pooler or cls_mean.")
@@ -53,22 +68,24 @@ def init(
         int | None,
         typer.Option("--keep-validation", metavar="N", help="Keep N rows of each class back, for 'everlora eval'."),
     ] = None,
+    keep_states: Annotated[
+        str | None, typer.Option("--keep-states", help="newest, or all: go back to any task with 'everlora rollback'.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
     settings: Settings = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Make a learner: a folder that holds a pretrained model's name, a method and its options."""
-    options = parse_settings(settings, pooling=pooling, dtype=dtype, keep_validation=keep_validation, seed=seed)
-    if model is not None:
-        options["model"] = model
+    switches = {"pooling": pooling, "dtype": dtype, "keep_validation": keep_validation, "keep_states": keep_states}
+    options = parse_settings(settings, model=model, method=method, seed=seed, **switches)
     columns = columns_from(text=text_column, image=image_column, label=label_column, task=task_column)
     from everlora.status import read_status
 
     with StageProgress():
         from everlora.learner import Learner
 
-        Learner.create(folder, method=method, scenario=scenario, columns=columns, **options)
+        Learner.create(folder, scenario=scenario, columns=columns, **options)
     report = read_status(folder)
     if as_json:
         output.emit_json(report)
@@ -91,6 +108,9 @@ def learn(
     validation: Annotated[
         str | None, typer.Option("--validation", metavar="DATA", help="Labelled rows to measure on, never learnt from.")
     ] = None,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     model: BaseModel = None,
     settings: TaskSettings = None,
     as_json: AsJson = False,
@@ -98,11 +118,16 @@ def learn(
 ) -> None:
     """Teach a learner the next task, from data whose labels may be new, known or mixed."""
     options = parse_settings(settings)
+    columns = columns_from(text=text_column, image=image_column, label=label_column)
     with StageProgress() as progress:
+        from everlora.cli.tables import name_columns
         from everlora.learner import Learner
 
         learner = Learner.open(folder, model=model)
-        result = learner.learn(data, name=name, validation=validation, progress=progress, **options)
+        rows = name_columns(data, learner, columns)
+        kept = None if validation is None else name_columns(validation, learner, columns)
+        title = name if rows is data else name or Path(data).stem
+        result = learner.learn(rows, name=title, validation=kept, progress=progress, **options)
     if as_json:
         output.emit_json(result)
         return
@@ -117,8 +142,6 @@ def _print_task(result: TaskResult) -> None:
     output.line(f"New labels ({len(result.new_labels)}): {output.listing(result.new_labels) or 'none'}")
     if result.known_labels:
         output.line(f"Known labels ({len(result.known_labels)}): {output.listing(result.known_labels)}")
-    if result.num_truncated:
-        output.line(f"Texts longer than the model takes, cut to its length: {result.num_truncated}")
     if result.metrics:
         rows = [(task, output.percent(accuracy)) for task, accuracy in result.metrics.items()]
         output.table(("task", "accuracy %"), rows, title="On the rows kept back")

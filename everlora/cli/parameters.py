@@ -9,12 +9,31 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["AsJson", "BaseModel", "Debug", "Folder", "Settings", "columns_from", "parse_settings", "split_names"]
+__all__ = [
+    "AsJson",
+    "BaseModel",
+    "Debug",
+    "Folder",
+    "ImageColumn",
+    "LabelColumn",
+    "Settings",
+    "TextColumn",
+    "columns_from",
+    "parse_settings",
+    "split_names",
+]
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The learner's folder.")]
 BaseModel = Annotated[
     str | None,
     typer.Option("--model", metavar="SOURCE", help="Where the pretrained model lies now, if it has moved."),
+]
+TextColumn = Annotated[str | None, typer.Option("--text-column", metavar="NAME", help="Column that holds the texts.")]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image-column", metavar="NAME", help="Column that holds the images or their paths.")
+]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", metavar="NAME", help="Column that holds the labels.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the library's log.")]

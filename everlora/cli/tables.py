@@ -19,11 +19,12 @@ from everlora.store import LearnerStore
 from everlora.streams import Columns, Examples, load_examples
 from everlora.streams.columns import find_columns, read_texts
 from everlora.streams.files import read_path
+from everlora.streams.table import Column
 
 if TYPE_CHECKING:
     from everlora.learner import Learner
 
-__all__ = ["InputTable", "check_output", "read_inputs", "read_table", "titles", "write_table"]
+__all__ = ["InputTable", "check_output", "name_columns", "read_inputs", "read_table", "titles", "write_table"]
 
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -79,10 +80,16 @@ def read_table(path: Path) -> InputTable:
         return _read_delimited(path)
     table = source.tables["train"]
     names = tuple(table.columns)
-    lists = [column.to_list() for column in table.columns.values()]
+    lists = [_values(column) for column in table.columns.values()]
     rows = [dict(zip(names, values, strict=True)) for values in zip(*lists, strict=True)]
     is_parquet = path.is_file() and path.suffix.lower() == ".parquet"
     return InputTable(names, rows, pyarrow.parquet.read_table(path, partitioning=None) if is_parquet else None)
+
+
+def _values(column: Column) -> list[Any]:
+    """The values of a column; a class by its name, because its index means nothing outside the file."""
+    names = column.class_names
+    return column.to_list() if names is None else [None if i is None else names[i] for i in column.to_list()]
 
 
 def _read_delimited(path: Path) -> InputTable:
@@ -103,8 +110,8 @@ def read_inputs(path: Path, learner: Learner, named: Mapping[str, str] | None) -
         DataError: the column is missing or holds something else.
     """
     modality = learner.backbone.modality
-    told = LearnerStore.open(learner.path).header["columns"]
-    columns = Columns.from_mapping({key: name for key, name in told.items() if key == modality} | dict(named or {}))
+    known = {key: name for key, name in _columns_of(learner).items() if key == modality}
+    columns = Columns.from_mapping(known | dict(named or {}))
     if modality == "text":
         # Only the texts are read: a half-filled column of labels is no reason to refuse a file of inputs.
         table = read_path(path).tables["train"]
@@ -112,6 +119,28 @@ def read_inputs(path: Path, learner: Learner, named: Mapping[str, str] | None) -
         return list(read_texts(table, found.input))
     size = learner.backbone.image_size
     return load_examples(path, columns=columns, modality=modality, require_labels=False, image_size=size)
+
+
+def name_columns(data: str, learner: Learner, named: Mapping[str, str] | None) -> Examples | str:
+    """Read labelled data whose columns have other names than the learner was told; else leave it to the learner.
+
+    Args:
+        data: path or hub id.
+        learner: says whether it wants texts or images, and which columns it was told to read.
+        named: the columns of this data that were named.
+
+    Raises:
+        DataError: the data cannot be read, or a column is missing.
+    """
+    if named is None:
+        return data
+    columns = Columns.from_mapping(_columns_of(learner) | dict(named))
+    modality, size = learner.backbone.modality, learner.backbone.image_size
+    return load_examples(data, columns=columns, modality=modality, image_size=size)
+
+
+def _columns_of(learner: Learner) -> dict[str, str]:
+    return dict(LearnerStore.open(learner.path).header["columns"])
 
 
 def _delimiter(path: Path) -> str:

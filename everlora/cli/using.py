@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder, columns_from
+from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder, ImageColumn, LabelColumn, TextColumn, columns_from
 from everlora.cli.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ def predict(
         Path | None,
         typer.Option("--output", metavar="FILE", help="Where to write the rows with their labels and scores added."),
     ] = None,
-    text_column: Annotated[str | None, typer.Option("--text-column", help="Column of FILE with the texts.")] = None,
-    image_column: Annotated[
-        str | None, typer.Option("--image-column", help="Column of FILE with the images' paths.")
-    ] = None,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
     model: BaseModel = None,
     task: Annotated[str | None, typer.Option("--task", help="Name of the task the inputs belong to, if known.")] = None,
     top: Annotated[int, typer.Option("--top", metavar="K", min=1, help="How many labels to give for each input.")] = 1,
@@ -106,16 +104,21 @@ def evaluate(
         typer.Argument(metavar="[DATA]", help="Labelled data; the rows kept back when not given.", show_default=False),
     ] = None,
     *,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     model: BaseModel = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure a learner on labelled data, or on the rows it kept back."""
+    columns = columns_from(text=text_column, image=image_column, label=label_column)
     with StageProgress():
+        from everlora.cli.tables import name_columns
         from everlora.learner import Learner
 
         learner = Learner.open(folder, model=model)
-        result = learner.evaluate(data)
+        result = learner.evaluate(None if data is None else name_columns(data, learner, columns))
     if as_json:
         output.emit_json(result)
         return

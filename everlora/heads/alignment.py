@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from everlora.errors import NumericError
 from everlora.heads.task_heads import TaskHeads
 
-__all__ = ["AlignmentOptions", "ClassStatistics", "align_heads"]
+__all__ = ["Aligner", "AlignmentOptions", "ClassStatistics", "align_heads"]
 
 _JITTER = 1e-4
 
@@ -27,6 +28,7 @@ class AlignmentOptions:
         lr: learning rate of SGD with momentum .9 and weight decay 5e-4, cosine-annealed to 0.
         shrink: how much the mean of the oldest class is shrunk towards 0; 0.1 gives factors from 0.9 to 1.
         logit_norm: divisor of the normalised logits, or None for plain cross-entropy.
+        covariance: keep the full covariance of a class, or its diagonal.
     """
 
     epochs: int = 5
@@ -34,6 +36,7 @@ class AlignmentOptions:
     lr: float = 0.01
     shrink: float = 0.1
     logit_norm: float | None = 0.1
+    covariance: str = "full"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,52 @@ class ClassStatistics:
             "a class covariance is not positive definite even with 0.1 added to its diagonal; "
             "set alignment_covariance=diag or look for constant or non-finite features."
         )
+
+
+class Aligner:
+    """Keeps one Gaussian per class and realigns the heads after each task.
+
+    Args:
+        options: how heads are realigned.
+    """
+
+    def __init__(self, options: AlignmentOptions) -> None:
+        self.options = options
+        self.statistics: dict[int, ClassStatistics] = {}
+
+    def end_task(
+        self, heads: TaskHeads, task: int, features: Mapping[int, Tensor], generator: torch.Generator
+    ) -> float | None:
+        """Measure the classes of a finished task; from the second task on, realign all heads.
+
+        Args:
+            heads: changed in place from the second task on.
+            task: index of the finished task.
+            features: class index -> `(n, d)` features of its training rows.
+            generator: source of the samples.
+
+        Returns:
+            The mean loss of the last epoch, or None at the first task.
+        """
+        for c, rows in features.items():
+            self.statistics[c] = ClassStatistics.of(rows, task, self.options.covariance)
+        return align_heads(heads, self.statistics, self.options, generator) if task > 0 else None
+
+    def state(self) -> dict[str, Tensor]:
+        """Means and covariances as `tasks/000/statistics/<class>/mean` and `.../covariance`."""
+        state = {}
+        for c, entry in self.statistics.items():
+            prefix = f"tasks/{entry.task:03d}/statistics/{c}/"
+            state[prefix + "mean"], state[prefix + "covariance"] = entry.mean, entry.covariance
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` returned; a class that was measured again keeps its newest Gaussian."""
+        means = sorted(key for key in state if "/statistics/" in key and key.endswith("/mean"))
+        for key in means:
+            _, task, _, c, _ = key.split("/")
+            covariance = state[key.removesuffix("mean") + "covariance"]
+            self.statistics[int(c)] = ClassStatistics(state[key], covariance, int(task))
 
 
 def align_heads(

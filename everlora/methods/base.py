@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from everlora.errors import DataError
-from everlora.heads import HeadRows
+from everlora.heads import Aligner, HeadRows, TaskHeads
 from everlora.lowrank import LowRankLinear
 
 __all__ = [
@@ -24,6 +24,9 @@ __all__ = [
     "State",
     "TaskInfo",
     "check_classes",
+    "features_by_class",
+    "heads_state",
+    "load_heads",
     "keyed_generator",
     "task_key",
     "tasks_in",
@@ -198,6 +201,40 @@ def tasks_in(state: Mapping[str, Any], name: str) -> int:
     while task_key(count, name) in state:
         count += 1
     return count
+
+
+def heads_state(heads: TaskHeads, aligner: Aligner | None) -> State:
+    """Rows of every head: written once, or, when they are realigned after each task, carried on."""
+    state: State = {} if aligner is None else dict(aligner.state())
+    for index, (head, classes) in enumerate(zip(heads.linears, heads.classes, strict=True)):
+        prefix = task_key(index, "head/") if aligner is None else f"aligned/{index:03d}/"
+        state[f"{prefix}weight"] = head.weight.detach().cpu()
+        state[f"{prefix}bias"] = head.bias.detach().cpu()
+        state[task_key(index, "classes")] = list(classes)
+    return state
+
+
+def load_heads(heads: TaskHeads, aligner: Aligner | None, state: State) -> int:
+    """Put back what `heads_state` returned; return the number of tasks."""
+    count = tasks_in(state, "classes")
+    for index in range(count):
+        prefix = task_key(index, "head/") if aligner is None else f"aligned/{index:03d}/"
+        heads.load_task(state[task_key(index, "classes")], state[f"{prefix}weight"], state[f"{prefix}bias"])
+    if aligner is not None:
+        aligner.load_state(state)
+    return count
+
+
+def features_by_class(task: TaskInfo, collect: Collect) -> dict[int, Tensor]:
+    """Features `(n, d)` of each class of the task, without augmentation, on the CPU."""
+    rows: dict[int, list[Tensor]] = {c: [] for c in task.classes}
+
+    def keep(batch: Batch, features: Tensor) -> None:
+        for c in torch.unique(batch.labels).tolist():
+            rows[c].append(features[batch.labels == c].cpu())
+
+    collect(keep, stage="class statistics", augment=False)
+    return {c: torch.cat(parts) for c, parts in rows.items()}
 
 
 def check_classes(task: TaskInfo, seen: Sequence[tuple[int, ...]], *, over: str, strict: bool = False) -> None:

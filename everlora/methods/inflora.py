@@ -16,12 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from everlora.errors import NumericError, OptionError
-from everlora.heads import AlignmentOptions, ClassStatistics, HeadRows, TaskHeads, align_heads
+from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
 from everlora.lowrank import (
     ConstantThreshold,
     GeometricThreshold,
@@ -43,9 +42,11 @@ from everlora.methods.base import (
     State,
     TaskInfo,
     check_classes,
+    features_by_class,
+    heads_state,
     keyed_generator,
+    load_heads,
     task_key,
-    tasks_in,
 )
 from everlora.methods.registry import register
 
@@ -131,7 +132,7 @@ class InfLoRA(Method):
         )
         self._groups: dict[str, list[str]] = {}
         self.memories: dict[str, GradientMemory] = {}
-        self.statistics: dict[int, ClassStatistics] = {}
+        self.aligner = Aligner(_alignment(options)) if options.alignment else None
         self._moments: dict[str, SecondMoment] = {}
         self._past: State = {}
 
@@ -157,15 +158,16 @@ class InfLoRA(Method):
         for group, memory in self.memories.items():
             if self.options.projection:
                 _named(group, memory.update, moments[group], epsilon)
-            self._past[task_key(task.index, f"memory/{group}")] = memory.last_added.cpu()
+                self._past[task_key(task.index, f"memory/{group}")] = memory.last_added.cpu()
         for name, layer in self._layers.items():
             self._past[task_key(task.index, f"adapter/{name}/down")] = layer.down.detach().cpu().clone()
             self._past[task_key(task.index, f"adapter/{name}/up")] = layer.up.detach().cpu().clone()
             layer.fold_block()
         self.heads.freeze()
         self._moments = {}
-        if self.options.alignment:
-            self._align(task, collect)
+        if self.aligner is not None:
+            generator = keyed_generator(self.seed, task.index, "alignment")
+            self.aligner.end_task(self.heads, task.index, features_by_class(task, collect), generator)
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""
@@ -191,41 +193,20 @@ class InfLoRA(Method):
 
     def state(self) -> State:
         """Factors, directions and head of every task (written once); realigned heads and statistics if any."""
-        state: State = {"groups": self._groups, **self._past}
-        for index, (head, classes) in enumerate(zip(self.heads.linears, self.heads.classes, strict=True)):
-            prefix = "head" if not self.options.alignment else "aligned"
-            key = task_key(index, "head/") if prefix == "head" else f"aligned/{index:03d}/"
-            state[f"{key}weight"] = head.weight.detach().cpu()
-            state[f"{key}bias"] = head.bias.detach().cpu()
-            state[task_key(index, "classes")] = list(classes)
-        for c, entry in self.statistics.items():
-            state[task_key(entry.task, f"statistics/{c}/mean")] = entry.mean
-            state[task_key(entry.task, f"statistics/{c}/covariance")] = entry.covariance
-        return state
+        return {"groups": self._groups, **self._past, **heads_state(self.heads, self.aligner)}
 
     def load_state(self, state: State) -> None:
         """Replay every task: append its factors, its protected directions and its head."""
-        count = tasks_in(state, "classes")
+        count = load_heads(self.heads, self.aligner, state)
         if count:
             self._set_groups({group: list(names) for group, names in state["groups"].items()})
-        for index in range(count):
-            prefix = f"tasks/{index:03d}/"
-            own = {k: v for k, v in state.items() if k.startswith(prefix)}
-            heads = prefix + "head/" if prefix + "head/weight" in own else f"aligned/{index:03d}/"
-            self.heads.load_task(own[prefix + "classes"], state[heads + "weight"], state[heads + "bias"])
+        self._past = {k: v for k, v in state.items() if "/adapter/" in k or "/memory/" in k}
+        for index in range(count if self.options.projection else 0):
             for group, memory in self.memories.items():
-                memory.append(own[f"{prefix}memory/{group}"])
-            self._past.update({k: v for k, v in own.items() if "/adapter/" in k or "/memory/" in k})
-            self._load_statistics(own, prefix, index)
+                memory.append(state[task_key(index, f"memory/{group}")])
         for name, layer in self._layers.items():
             blocks = [task_key(index, f"adapter/{name}/") for index in range(count)]
             layer.load_past([state[key + "down"] for key in blocks], [state[key + "up"] for key in blocks])
-
-    def _load_statistics(self, own: State, prefix: str, index: int) -> None:
-        for key, mean in own.items():
-            if key.startswith(prefix + "statistics/") and key.endswith("/mean"):
-                covariance = own[key.removesuffix("mean") + "covariance"]
-                self.statistics[int(key.split("/")[-2])] = ClassStatistics(mean, covariance, index)
 
     def _trace_groups(self, collect: Collect) -> dict[str, list[str]]:
         """Group the layers that read the same tensor, in one traced forward pass."""
@@ -271,25 +252,14 @@ class InfLoRA(Method):
         options = self.options
         return GradientMemory(dim, form=options.form, energy=options.energy, first_task=options.first_task)
 
-    def _align(self, task: TaskInfo, collect: Collect) -> None:
-        """Classifier alignment, section 11: Gaussians of the new classes, then all heads on samples of all classes."""
-        rows: dict[int, list[Tensor]] = {c: [] for c in task.classes}
 
-        def keep(batch: Batch, features: Tensor) -> None:
-            for c in torch.unique(batch.labels).tolist():
-                rows[c].append(features[batch.labels == c].cpu())
-
-        collect(keep, stage="class statistics", augment=False)
-        for c, parts in rows.items():
-            covariance = self.options.alignment_covariance
-            self.statistics[c] = ClassStatistics.of(torch.cat(parts), task.index, covariance)
-        if task.index > 0:
-            options = AlignmentOptions(
-                epochs=self.options.alignment_epochs,
-                lr=self.options.alignment_lr,
-                logit_norm=self.options.alignment_logit_norm,
-            )
-            align_heads(self.heads, self.statistics, options, keyed_generator(self.seed, task.index, "alignment"))
+def _alignment(options: InfLoRAOptions) -> AlignmentOptions:
+    return AlignmentOptions(
+        epochs=options.alignment_epochs,
+        lr=options.alignment_lr,
+        logit_norm=options.alignment_logit_norm,
+        covariance=options.alignment_covariance,
+    )
 
 
 def _schedule(options: InfLoRAOptions) -> Callable[[int], float]:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from everlora.heads import HeadRows, TaskHeads
+from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
 from everlora.lowrank import LowRankLinear, attach
 from everlora.methods.base import (
     Batch,
@@ -24,9 +24,11 @@ from everlora.methods.base import (
     State,
     TaskInfo,
     check_classes,
+    features_by_class,
+    heads_state,
     keyed_generator,
+    load_heads,
     task_key,
-    tasks_in,
 )
 from everlora.methods.registry import register
 
@@ -44,6 +46,9 @@ class SequentialOptions:
         trains_on: `task` for one task after the other, `stream` for the rows of all tasks at once.
         loss: cross-entropy over the task's own classes (`local`) or over all `seen` classes.
         forward_mode: how an adapted layer computes.
+        alignment: realign all heads after each task on features drawn from class Gaussians, as InfLoRA's "CA" does.
+        alignment_epochs: passes over the drawn features.
+        alignment_lr: learning rate of the alignment.
     """
 
     rank: Annotated[int, Field(ge=1)] = 10
@@ -52,6 +57,9 @@ class SequentialOptions:
     trains_on: Literal["task", "stream"] = "task"
     loss: Literal["local", "seen"] = "local"
     forward_mode: Literal["auto", "folded", "factored"] = "auto"
+    alignment: bool = False
+    alignment_epochs: Annotated[int, Field(ge=1)] = 5
+    alignment_lr: Annotated[float, Field(gt=0)] = 0.01
 
 
 class TunedEncoder:
@@ -126,6 +134,8 @@ class Sequential(Method):
         self.fixed_features = options.train == "head"
         self.heads = TaskHeads(encoder.feature_dim)
         self.tuned = TunedEncoder(options, encoder, seed)
+        alignment = AlignmentOptions(epochs=options.alignment_epochs, lr=options.alignment_lr)
+        self.aligner = Aligner(alignment) if options.alignment else None
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Add the task's head; the LoRA goes on from where it is."""
@@ -138,8 +148,11 @@ class Sequential(Method):
         return Loss(self.heads.loss(self._features(batch), batch.labels, self.options.loss))
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
-        """Freeze the head; the weights stay as this task left them."""
+        """Freeze the head, and realign all heads if asked for; the encoder stays as this task left it."""
         self.heads.freeze()
+        if self.aligner is not None:
+            generator = keyed_generator(self.seed, task.index, "alignment")
+            self.aligner.end_task(self.heads, task.index, features_by_class(task, collect), generator)
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""
@@ -159,11 +172,7 @@ class Sequential(Method):
 
     def state(self) -> State:
         """Each task's head, and the fine-tuned weights as the newest task left them."""
-        state: State = {}
-        for index, (head, classes) in enumerate(zip(self.heads.linears, self.heads.classes, strict=True)):
-            state[task_key(index, "head/weight")] = head.weight.detach().cpu()
-            state[task_key(index, "head/bias")] = head.bias.detach().cpu()
-            state[task_key(index, "classes")] = list(classes)
+        state = heads_state(self.heads, self.aligner)
         newest = len(self.heads.classes) - 1
         for key, value in self.tuned.state().items() if newest >= 0 else ():
             # factors are kept with every task, so that a learner can go back; a whole encoder only as it is now
@@ -172,10 +181,7 @@ class Sequential(Method):
 
     def load_state(self, state: State) -> None:
         """Put back the heads of all tasks and the newest weights."""
-        count = tasks_in(state, "classes")
-        for index in range(count):
-            weight, bias = (state[task_key(index, f"head/{part}")] for part in ("weight", "bias"))
-            self.heads.load_task(state[task_key(index, "classes")], weight, bias)
+        count = load_heads(self.heads, self.aligner, state)
         if count:
             prefix = task_key(count - 1, "")
             newest = {k.removeprefix(prefix): v for k, v in state.items()}

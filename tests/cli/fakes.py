@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from everlora.errors import DataError
 from everlora.results import Counts, Evaluation, Prediction, TaskResult
 
 SCORES = {"refund": 0.75, "parcel": 0.25}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `Learner.export` returns, as far as the command line looks at it."""
+
+    folder: Path
+    max_difference: float
 
 
 class FakeLearner:
@@ -65,9 +74,9 @@ class FakeLearner:
             raise DataError("missing.csv does not exist; give a file.")
         return Evaluation(0.8, {"january": 0.8}, {"january": Counts(8, 10)})
 
-    def export(self, path: Path, format: str) -> Path:
+    def export(self, path: Path, format: str) -> Any:
         self.calls.append(("export", (path, format)))
-        return path
+        return Report(path, 2e-7)
 
     def rollback(self, to_task: int) -> tuple[Any, ...]:
         self.calls.append(("rollback", to_task))

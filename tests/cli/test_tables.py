@@ -77,6 +77,13 @@ def test_a_folder_of_images_becomes_one_row_per_file(tmp_path: Path) -> None:
     assert (tmp_path / "out.csv").read_text().splitlines()[1] == f"{tmp_path / 'a.png'},refund,0.75"
 
 
+def test_classes_of_folders_are_written_by_name(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "pets" / name / "1.png")
+    assert [row["label"] for row in tables.read_table(tmp_path / "pets").rows] == ["cat", "dog"]
+
+
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "out" / "labels.jsonl"
     target.parent.mkdir()

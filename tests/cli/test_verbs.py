@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from everlora.cli import learning, runs
-from everlora.methods import list_methods
+from everlora.methods import DEFAULT, list_methods
 from tests.cli.fakes import FakeLearner
 
 
@@ -18,8 +18,9 @@ def test_init_hands_every_switch_on(
     call_json: Any, learner: type[FakeLearner], intents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = "--model m --method probe --scenario task_incremental --text-column t --label-column l --task-column k"
-    switches = "--pooling mean --dtype bfloat16 --keep-validation 5 --seed 7 --set rank=4 --set lr=0.01"
-    report = call_json("init", intents, *words.split(), *switches.split())
+    more = "--pooling mean --dtype bfloat16 --keep-validation 5 --keep-states all --seed 7"
+    settings = "--set rank=4 --set lr=0.01"
+    report = call_json("init", intents, *words.split(), *more.split(), *settings.split())
     [(verb, (folder, options))] = learner.calls
     assert (verb, folder) == ("create", intents)
     assert options == {
@@ -30,6 +31,7 @@ def test_init_hands_every_switch_on(
         "pooling": "mean",
         "dtype": "bfloat16",
         "keep_validation": 5,
+        "keep_states": "all",
         "seed": 7,
         "rank": 4,
         "lr": 0.01,
@@ -40,7 +42,7 @@ def test_init_hands_every_switch_on(
 def test_init_leaves_defaults_to_the_library(call: Any, learner: type[FakeLearner], intents: Path) -> None:
     code, out, err = call("init", intents)
     [(_, (_, options))] = learner.calls
-    assert options == {"method": "inflora", "scenario": "class_incremental", "columns": None}
+    assert options == {"scenario": "class_incremental", "columns": None}
     assert (code, err) == (0, "") and "model /models/[base]" in out
 
 
@@ -54,7 +56,6 @@ def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
         "1 min 05 s",
         "New labels (1): parcel",
         "Known labels (1): refund",
-        "cut to its length: 2",
         "january",
         "50.00",
         "100.00",
@@ -62,6 +63,18 @@ def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
         assert said in out
     result = call_json("learn", "f", "february.csv", "--name", "second")
     assert (result["name"], result["known_labels"], result["metrics"]["january"]) == ("second", ["refund"], 0.5)
+
+
+def test_columns_named_for_one_file(call: Any, learner: type[FakeLearner], intents: Path, tmp_path: Path) -> None:
+    (tmp_path / "march.csv").write_text("body,tag\nwhere is it,parcel\n")
+    code, _, err = call("learn", intents, tmp_path / "march.csv", "--text-column", "body", "--label-column", "tag")
+    assert (code, err) == (0, "")
+    _, (rows, name, validation, _) = learner.calls[-1]
+    assert (list(rows.inputs), list(rows.labels), name, validation) == (["where is it"], ["parcel"], "march", None)
+    call("eval", intents, tmp_path / "march.csv", "--text-column", "body", "--label-column", "tag")
+    assert learner.calls[-1][1].labels.tolist() == ["parcel"]
+    code, _, err = call("eval", intents, tmp_path / "march.csv", "--label-column", "tag")
+    assert code == 2 and "'utterance'" in err  # the other column is the one the learner was told of
 
 
 def test_predict_words(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
@@ -142,9 +155,14 @@ def test_status_of_a_folder_that_is_no_learner(call: Any, tmp_path: Path) -> Non
 
 
 def test_export(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
-    assert call("export", "f", "served")[0] == 0
+    code, out, _ = call("export", "f", "served")
+    assert code == 0 and "Wrote the merged model to served" in out and "2.0e-07" in out
     assert learner.calls[-1] == ("export", (Path("served"), "merged"))
-    assert call_json("export", "f", "served", "--format", "peft") == {"path": "served", "format": "peft"}
+    assert call_json("export", "f", "served", "--format", "peft") == {
+        "format": "peft",
+        "folder": "served",
+        "max_difference": 2e-7,
+    }
     assert learner.calls[-1] == ("export", (Path("served"), "peft"))
 
 
@@ -156,7 +174,7 @@ def test_rollback(call: Any, call_json: Any, learner: type[FakeLearner], intents
 
 def test_methods(call: Any, call_json: Any) -> None:
     _, out, _ = call("methods")
-    assert all(entry.name in out for entry in list_methods())
+    assert all(entry.name in out for entry in list_methods()) and f"{DEFAULT} (default)" in out
     assert {entry["name"] for entry in call_json("methods")} >= {"inflora", "sequential", "joint", "probe", "ncm"}
     _, out, _ = call("methods", "InfLoRA-opt")
     assert "forward_mode" in out and "epochs" in out and "keep_validation" in out

@@ -69,7 +69,13 @@ def test_the_protocol_of_the_clinc150_recipe():
     recipe = load_recipe("clinc150_minilm")
     stream = stream_of(recipe, recipe.settings["standard"])
     assert (stream.initial, stream.increment, stream.order, recipe.seeds) == (15, 15, "seed", (1993,))
-    assert recipe.training == {"epochs": 3, "batch_size": 32, "optimizer": "adam", "lr": 1e-3}
+    assert recipe.training == {
+        "epochs": 3,
+        "batch_size": 32,
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "lr_schedule": "constant",
+    }
     assert recipe.backbone == {"pooling": "mean", "max_length": 32}
     assert recipe.methods["inflora"].set == {"rank": 10, "threshold_start": 0.95}
 

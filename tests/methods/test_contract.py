@@ -24,6 +24,7 @@ ROWS = [
     ("sequential", {"train": "all", "lr": 1e-3}),
     ("joint", {}),
     ("probe", {}),
+    ("probe", {"alignment": True, "alignment_epochs": 1}),
     ("ncm", {}),
 ]
 IN_TURN = [row for row in ROWS if row[0] != "joint"]
