@@ -28,6 +28,7 @@ __all__ = ["HuggingFaceBackbone", "accepts", "load_huggingface", "quiet_transfor
 
 logger = logging.getLogger("everlora.backbones")
 
+_ROWS_IN_A_GROUP = 8
 _TEXT_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
 _UNKNOWN = Architecture((), "mean", num_prefix=0)
 _DEFAULT_MAX_LENGTH = 512
@@ -81,8 +82,23 @@ class HuggingFaceBackbone(Backbone):
             extra = {"interpolate_pos_encoding": True} if self.interpolate else {}
             outputs = self.model(pixel_values=batch["pixel_values"].to(self.dtype), **extra)
             return pool(outputs, self.pooling, mask=None, num_prefix=self.num_prefix)
-        outputs = self.model(**{name: batch[name] for name in _TEXT_ARGUMENTS if name in batch})
-        return pool(outputs, self.pooling, mask=batch["attention_mask"], num_prefix=0)
+        texts = {name: batch[name] for name in _TEXT_ARGUMENTS if name in batch}
+        # Without gradients, batches come sorted by length and forward hooks want a batch whole. A training batch is
+        # drawn at random, since rows of like length are too often rows of one class, so it is sorted here.
+        return self._by_length(texts) if torch.is_grad_enabled() else self._text_features(texts)
+
+    def _text_features(self, texts: dict[str, Tensor]) -> Tensor:
+        return pool(self.model(**texts), self.pooling, mask=texts["attention_mask"], num_prefix=0)
+
+    def _by_length(self, texts: dict[str, Tensor]) -> Tensor:
+        """Compute the features of a few groups of rows of like length, each cut to its longest: less padding."""
+        lengths = texts["attention_mask"].sum(dim=1)
+        order = lengths.argsort(stable=True)
+        parts = []
+        for rows in torch.chunk(order, max(1, len(order) // _ROWS_IN_A_GROUP)):
+            longest = int(lengths[rows].max())
+            parts.append(self._text_features({name: tensor[rows, :longest] for name, tensor in texts.items()}))
+        return torch.cat(parts)[order.argsort()]
 
 
 def load_huggingface(

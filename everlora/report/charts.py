@@ -147,6 +147,8 @@ def _nice_range(low: float, high: float, bounds: tuple[float, float]) -> tuple[f
     first, last = math.floor(low / step) * step, math.ceil(high / step) * step
     if last - first < step:
         last = first + step
+    if first >= bounds[1]:  # every curve lies at the upper bound
+        first = bounds[1] - step
     return max(first, bounds[0]), min(last, bounds[1]), step
 
 

@@ -28,9 +28,6 @@ __all__ = ["Progress", "TaskData", "TaskTrainer", "TrainingReport", "peak_memory
 Progress = Callable[[str, int, int], None]
 """Called often as `progress(stage, done, total)`."""
 
-_BUCKET = 16  # batches of text that are sorted by length together
-
-
 @dataclass(frozen=True)
 class TaskData:
     """Rows of one task, encoded once.
@@ -213,19 +210,10 @@ class TaskTrainer:
         self.method.after_step(True)
         return value
 
-    def _order(self, data: TaskData, task: int, epoch: int) -> list[Tensor]:
-        """Rows of each batch of an epoch; texts of like length share a batch."""
+    def _order(self, data: TaskData, task: int, epoch: int) -> tuple[Tensor, ...]:
+        """Rows of each batch of an epoch, drawn at random by key."""
         order = keyed_permutation(len(data), self.options.seed, task, epoch)
-        lengths = self.backbone.lengths(data.encoded)
-        size = self.options.batch_size
-        if lengths is None:
-            return list(torch.split(order, size))
-        tokens = torch.as_tensor(lengths)
-        batches: list[Tensor] = []
-        for part in torch.split(order, size * _BUCKET):
-            batches.extend(torch.split(part[tokens[part].argsort(stable=True)], size))
-        shuffled = keyed_permutation(len(batches), self.options.seed, task, epoch, 1)
-        return [batches[i] for i in shuffled.tolist()]
+        return torch.split(order, self.options.batch_size)
 
     def _batch(self, data: TaskData, rows: Tensor, *, epoch: int | None, cached: Tensor | None = None) -> Batch:
         labels = data.labels[rows].to(self.device)

@@ -80,3 +80,19 @@ def test_wrong_inputs_are_refused(backbone: Backbone, tmp_path: Path) -> None:
         backbone.collate(vit.encode(np.zeros((1, 8, 8, 3), np.uint8)), [0])
     assert vit.lengths(vit.encode(np.zeros((1, 8, 8, 3), np.uint8))) is None
     assert vit.token_mask({"pixel_values": torch.zeros(1, 3, 8, 8)}) is None
+
+
+def test_a_training_batch_runs_in_groups_of_like_length_with_the_same_features(backbone: Backbone) -> None:
+    texts = [" ".join(["red"] * (1 + index % 4)) + " card" for index in range(19)]
+    batch = backbone.collate(backbone.encode(texts), range(19))
+    seen: list[tuple[int, ...]] = []
+    hook = backbone.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    grouped = backbone.features(batch)
+    with torch.no_grad():
+        whole = backbone.features(batch)
+    hook.remove()
+    torch.testing.assert_close(grouped, whole, rtol=1e-5, atol=1e-5)
+    assert seen[-1] == (19, 6) and len(seen) == 3
+    assert sum(rows * tokens for rows, tokens in seen[:-1]) < 19 * 6

@@ -208,3 +208,13 @@ def test_results_of_another_format_are_refused(results: dict[str, Any], tmp_path
     with pytest.raises(DataError, match="format"):
         write_report(results | {"format": 9}, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_curves_that_stay_at_one_hundred_percent_are_drawn(make_results: Callable[..., dict[str, Any]]) -> None:
+    results = make_results(seeds=(1,))
+    for run in results["runs"]:
+        for row in run["correct"]:
+            for task, cell in enumerate(row):
+                row[task] = None if cell is None else run["sizes"][task]
+        run["task_aware"] = run["task_correct"] = run["correct"]
+    assert "100" in render_report(results)

@@ -55,16 +55,21 @@ def test_head_and_adapters_have_their_own_rates() -> None:
     assert isinstance(make_optimizer(TrainingOptions(optimizer="adamw"), groups), torch.optim.AdamW)
 
 
-def test_an_epoch_sees_every_row_once_with_texts_of_like_length_together(folder: Path) -> None:
+def test_an_epoch_sees_every_row_once_in_random_batches(folder: Path) -> None:
     trainer, data, _ = _trainer(folder)
     orders = [trainer._order(data, 0, epoch) for epoch in range(2)]
     for batches in orders:
         assert sorted(torch.cat(batches).tolist()) == list(range(len(data)))
-        assert all(len(batch) <= 8 for batch in batches)
+        assert [len(batch) for batch in batches] == [8] * 5
     assert [b.tolist() for b in orders[0]] != [b.tolist() for b in orders[1]]
+
+
+def test_without_gradients_texts_of_like_length_share_a_batch(folder: Path) -> None:
+    trainer, data, _ = _trainer(folder, eval_batch_size=8)
     lengths = torch.as_tensor(trainer.backbone.lengths(data.encoded))
-    spread = [int(lengths[b].max() - lengths[b].min()) for b in orders[0]]
-    assert sum(spread) < len(spread) * int(lengths.max() - lengths.min())
+    batches = [rows for rows, _ in trainer.encode(data, "pass")]
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(data)))
+    assert torch.cat([lengths[rows] for rows in batches]).tolist() == sorted(lengths.tolist())
 
 
 def test_what_ran_before_does_not_matter(folder: Path) -> None:
