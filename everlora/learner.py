@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import everlora
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
-from everlora.errors import DataError, ModelError, OptionError, nearest
+from everlora.errors import DataError, OptionError, nearest
 from everlora.evaluation import Evaluator
 from everlora.export import ExportHead, ExportReport, export_merged, export_peft
 from everlora.kept_rows import KEPT_FILE, pack_rows, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
+from everlora.record import cost_record, load_base, provenance, task_name, task_record
 from everlora.results import Counts, Evaluation, Prediction, TaskResult
 from everlora.settings import Settings, check_scenario
 from everlora.snapshot import join_state, split_state
@@ -43,13 +41,20 @@ class Learner:
         method: the method, with what it remembers.
     """
 
-    def __init__(self, store: LearnerStore, *, model: str | Path | None, device: str | None) -> None:
+    def __init__(
+        self,
+        store: LearnerStore,
+        *,
+        model: str | Path | None,
+        device: str | None,
+        loaded: tuple[Backbone, Method] | None = None,
+    ) -> None:
         self.path = store.root
         self._store = store
         self._stale = False
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model_source = model
-        self._load(store)
+        self._load(store, loaded)
 
     @classmethod
     def create(
@@ -81,24 +86,24 @@ class Learner:
             StoreError: the folder holds a learner already.
         """
         settings = Settings.of(method, options)
+        scenario = check_scenario(scenario)
         Columns.from_mapping(dict(columns or {}))
         backbone = load_backbone(model, **settings.as_parts()["model"])
-        settings.method.method_class(settings.method_options, backbone, seed=settings.training.seed)
+        made = settings.method.method_class(settings.method_options, backbone, seed=settings.training.seed)
         header = {
             "base_model": str(Path(model).resolve()) if Path(model).is_dir() else str(model),
             "base_sha256": model_fingerprint(backbone.folder),
             "architecture": backbone.architecture,
             "modality": backbone.modality,
             "method": settings.method.name,
-            "scenario": check_scenario(scenario),
+            "scenario": scenario,
             "columns": {key: value for key, value in (columns or {}).items() if value},
             "options": settings.as_parts(),
-            "created": _now(),
-            "versions": _versions(),
+            **provenance(),
         }
         with LearnerStore.create(path, header, keep_states=settings.learner.keep_states) as store:
             pass
-        return cls(store, model=None, device=device)
+        return cls(store, model=None, device=device, loaded=(backbone, made))
 
     @classmethod
     def open(cls, path: str | Path, model: str | Path | None = None, device: str | None = None) -> Learner:
@@ -141,6 +146,7 @@ class Learner:
         name: str | None = None,
         validation: Any = None,
         *,
+        columns: Mapping[str, str | None] | None = None,
         progress: Progress | None = None,
         **training: Any,
     ) -> TaskResult:
@@ -148,9 +154,10 @@ class Learner:
 
         Args:
             dataset: a path, hub id, `datasets.Dataset`, list of dicts or `Examples`, with labels.
-            name: of the task; the file's name, or `task-3`, by default.
+            name: of the task, which no earlier one has; the file's name, or `task-3`, by default.
             validation: labelled rows to keep with the task for `evaluate`; with the option `keep_validation` they are
                 held out of `dataset` instead.
+            columns: names of this data's columns, over those given to `create`.
             progress: called often as `progress(stage, done, total)`.
             **training: training options for this task only, such as `epochs`.
 
@@ -171,23 +178,26 @@ class Learner:
                     f"method '{self.settings.method.name}' learns all tasks at once and has learned; "
                     "make a new learner, or take a method that learns task after task."
                 )
-            examples = self._examples(dataset)
-            kept = None if validation is None else self._examples(validation)
+            examples = self._examples(dataset, columns)
+            kept = None if validation is None else self._examples(validation, columns)
             if kept is None and self.settings.learner.keep_validation:
                 keep = self.settings.learner.keep_validation
                 examples, kept = hold_out(examples, fraction=0.5, seed=settings.training.seed, maximum=keep)
-            task_name = name or _default_name(dataset, len(store.tasks))
+            chosen = task_name(name, dataset, [entry.name for entry in store.tasks])
             self._stale = True  # until the task is on disk, memory and disk differ
-            result = self._learn(store, settings, task_name, examples, kept, progress)
+            result = self._learn(store, settings, chosen, examples, kept, progress)
             self._store, self._stale = store, False
         return result
 
-    def predict(self, inputs: Any, task: str | int | None = None) -> list[Prediction]:
+    def predict(
+        self, inputs: Any, task: str | int | None = None, *, progress: Progress | None = None
+    ) -> list[Prediction]:
         """Classify inputs.
 
         Args:
             inputs: one text or a list of texts; for images, files, PIL images, uint8 arrays, or a data set.
             task: name or number of the task the inputs belong to, when it is known; only its classes compete.
+            progress: called often as `progress(stage, done, total)`.
 
         Returns:
             One prediction per input.
@@ -196,21 +206,31 @@ class Learner:
             DataError: nothing was learned yet, or an input cannot be read.
         """
         self._require_tasks()
-        return self._evaluator().predict(self._inputs(inputs), self._task_index(task))
+        return self._evaluator(progress).predict(self._inputs(inputs), self._task_index(task))
 
-    def evaluate(self, dataset: Any = None) -> Evaluation:
+    def evaluate(
+        self,
+        dataset: Any = None,
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        progress: Progress | None = None,
+    ) -> Evaluation:
         """Measure accuracy on labelled rows, or on the rows kept back from every task.
 
         Args:
             dataset: labelled rows; None takes the kept ones.
+            columns: names of this data's columns, over those given to `create`.
+            progress: called often as `progress(stage, done, total)`.
 
         Raises:
             DataError: a label is unknown, or no rows were kept.
         """
         self._require_tasks()
-        evaluator = self._evaluator()
+        evaluator = self._evaluator(progress)
         if dataset is not None:
-            return evaluator.evaluate(self._examples(dataset), [entry.name for entry in self.tasks], self._labels)
+            return evaluator.evaluate(
+                self._examples(dataset, columns), [entry.name for entry in self.tasks], self._labels
+            )
         kept = {index: rows for index in range(len(self.tasks)) if (rows := self._kept_rows(index)) is not None}
         if not kept:
             raise DataError(
@@ -278,15 +298,12 @@ class Learner:
             f"classes={len(self.classes)})"
         )
 
-    def _load(self, store: LearnerStore) -> None:
-        """Make model and method anew from what is on disk."""
+    def _load(self, store: LearnerStore, loaded: tuple[Backbone, Method] | None = None) -> None:
+        """Make model and method anew from what is on disk; `loaded` is a fresh pair, made with the same settings."""
         header = store.header
         self.scenario = header["scenario"]
         self.settings = Settings.from_parts(method_spec(header["method"]), header["options"])
-        self.backbone = _load_base(header, self._model_source, self.settings).to(self._device)
-        self.method: Method = self.settings.method.method_class(
-            self.settings.method_options, self.backbone, seed=self.settings.training.seed
-        )
+        self.backbone, self.method = loaded or self._make(header)
         self.method.load_state(join_state(store))
         self.backbone.to(self._device)
         records = [store.read_task(entry.index).record for entry in store.tasks]
@@ -296,6 +313,11 @@ class Learner:
         self._columns = Columns.from_mapping(header["columns"])
         self._kept: dict[int, Examples | None] = {}
         self._store, self._stale = store, False
+
+    def _make(self, header: Mapping[str, Any]) -> tuple[Backbone, Method]:
+        backbone = load_base(header, self._model_source, self.settings)
+        settings = self.settings
+        return backbone, settings.method.method_class(settings.method_options, backbone, seed=settings.training.seed)
 
     def _learn(
         self,
@@ -362,30 +384,10 @@ class Learner:
         kept = self._kept.get(result.index)
         if kept is not None:
             files.arrays[KEPT_FILE] = pack_rows(kept)
-        record = {
-            "labels": list(result.labels),
-            "new_labels": list(result.new_labels),
-            "known_labels": list(result.known_labels),
-            "label_kind": examples.label_kind,
-            "num_examples": result.num_examples,
-            "num_validation": result.num_validation,
-            "num_truncated": result.num_truncated,
-            "data_sha256": examples.fingerprint,
-            "values": files.values,
-            "training": settings.as_parts()["training"],
-            "evaluation": evaluation,
-            "panels": self.method.panels(),
-            "cost": {
-                "seconds": report.seconds,
-                "steps": report.steps,
-                "peak_memory_bytes": report.peak_memory_bytes,
-                "trainable_parameters": report.trainable_parameters,
-                "stored_parameters": _stored_parameters(self.method),
-            },
-            "created": _now(),
-            "versions": _versions(),
-            "environment": {"device": str(self.backbone.device), "threads": torch.get_num_threads()},
-        }
+        outcome = {"values": files.values, "evaluation": evaluation, "panels": self.method.panels()}
+        training = settings.as_parts()["training"]
+        record = {**task_record(result, examples, training), **outcome, **cost_record(report, self.method)}
+        record["environment"] = {"device": str(self.backbone.device), "threads": torch.get_num_threads()}
         store.write_task(
             result.name,
             record=record,
@@ -396,9 +398,13 @@ class Learner:
             log=report.log,
         )
 
-    def _examples(self, dataset: Any) -> Examples:
+    def _examples(self, dataset: Any, columns: Mapping[str, str | None] | None = None) -> Examples:
+        named = {**self._store.header["columns"], **{key: value for key, value in (columns or {}).items() if value}}
         examples = load_examples(
-            dataset, columns=self._columns, modality=self.backbone.modality, image_size=self.backbone.image_size
+            dataset,
+            columns=Columns.from_mapping(named),
+            modality=self.backbone.modality,
+            image_size=self.backbone.image_size,
         )
         if self._label_kind not in (None, examples.label_kind) and not set(examples.classes) <= set(self.classes):
             raise DataError(
@@ -458,43 +464,3 @@ class Learner:
             self._load(LearnerStore.open(self.path))
         if not self.tasks:
             raise DataError(f"{self.path} has learned no task yet; call learn first.")
-
-
-def _load_base(header: Mapping[str, Any], moved_to: str | Path | None, settings: Settings) -> Backbone:
-    source = moved_to if moved_to is not None else header["base_model"]
-    try:
-        backbone = load_backbone(source, **settings.as_parts()["model"])
-    except ModelError as error:
-        if moved_to is not None:
-            raise
-        raise ModelError(f"{error} (if the base model moved, say where with --model or model=)") from error
-    found = model_fingerprint(backbone.folder)
-    if found != header["base_sha256"]:
-        raise ModelError(
-            f"the model at {source} is not the one the learner was made with (sha256 {found[:12]}..., expected "
-            f"{header['base_sha256'][:12]}...); give the original with --model or model=."
-        )
-    return backbone
-
-
-def _default_name(dataset: Any, index: int) -> str:
-    if isinstance(dataset, str | Path) and Path(dataset).exists():
-        return Path(dataset).stem
-    return f"task-{index + 1}"
-
-
-def _stored_parameters(method: Method) -> int:
-    """Numbers a user must keep to predict: factors of all tasks and head rows."""
-    tensors: list[Tensor] = []
-    for layer in method.layers().values():
-        tensors += [layer.down, layer.up, layer.past_down, layer.past_up]
-    head = method.head_rows()
-    return sum(tensor.numel() for tensor in [*tensors, head.weight, head.bias])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    return {"everlora": everlora.__version__, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 __all__ = ["count", "duration", "emit_json", "line", "listing", "percent", "plain", "signed_percent", "table"]
 
 _WIDTH_WITHOUT_TERMINAL = 160
+_NOTHING = {"", "-", "–"}  # noqa: RUF001 - the en dash that reports write where a number does not exist
 
 
 def plain(value: Any) -> Any:
@@ -54,7 +56,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
     from rich.table import Table
 
     console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(markup=False, emoji=False, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
     cells = [tuple(row) for row in rows]
     drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
@@ -67,7 +69,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
 
 
 def _looks_numeric(cell: str) -> bool:
-    return cell in {"", "-"} or cell.lstrip("+-").replace(".", "", 1).replace(",", "").isdigit()
+    words = cell.split(" ± ")
+    return cell in _NOTHING or all(word.lstrip("+-").replace(".", "", 1).replace(",", "").isdigit() for word in words)
 
 
 def percent(fraction: float | None) -> str:

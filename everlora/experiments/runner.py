@@ -88,10 +88,10 @@ def run(
         data=data,
         options=options,
     )
-    folder = _open_folder(plan, Path(out) if out is not None else None)
     report = progress or _silent
     streams = Streams(plan, report)
     streams(plan.seeds[0])  # data that is missing or wrong is reported here, before any process starts
+    folder = _open_folder(plan, Path(out) if out is not None else None)
     if workers == 1:
         for row, seed in plan.jobs:
             execute(plan, row, seed, streams=streams, out=folder, progress=report)

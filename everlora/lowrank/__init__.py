@@ -8,7 +8,7 @@ from __future__ import annotations
 from everlora.lowrank.attach import attach, detach, input_groups, share_down
 from everlora.lowrank.layer import LowRankLinear
 from everlora.lowrank.memory import GradientMemory
-from everlora.lowrank.moments import SecondMoment, record_moments
+from everlora.lowrank.moments import SecondMoment, record_moments, unfold_patches
 from everlora.lowrank.sharing import InputGroup
 from everlora.lowrank.thresholds import ConstantThreshold, GeometricThreshold, LinearThreshold
 from everlora.lowrank.working import Block
@@ -27,4 +27,5 @@ __all__ = [
     "input_groups",
     "record_moments",
     "share_down",
+    "unfold_patches",
 ]

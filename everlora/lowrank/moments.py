@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
-from everlora.errors import NumericError, OptionError, ShapeError, TargetError
+from everlora.errors import NumericError, OptionError, ShapeError, TargetError, UnsupportedError
 from everlora.lowrank.layer import LowRankLinear
 from everlora.lowrank.precision import full_precision, normal_mode
 
-__all__ = ["SecondMoment", "record_moments"]
+__all__ = ["SecondMoment", "record_moments", "unfold_patches"]
 
 
 class SecondMoment:
@@ -177,7 +178,7 @@ def record_moments(
         A second moment for each name, on the device of the module's weight.
 
     Raises:
-        TargetError: a module is neither an `nn.Linear` nor a `LowRankLinear`.
+        TargetError: a module is no `nn.Linear`, `LowRankLinear` or `nn.Conv2d` (read as unfolded patches).
         ShapeError: in the forward pass, the mask does not fit a module's input; the group is named.
         NumericError: in the forward pass, an input is not finite; the group is named.
     """
@@ -193,10 +194,36 @@ def record_moments(
             handle.remove()
 
 
+def unfold_patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Cut the patches a convolution reads, so that it becomes a linear layer on rows.
+
+    Args:
+        x: `(n, channels, height, width)`, the convolution's input.
+        conv: gives kernel, stride, padding and dilation; zero padding and one group only.
+
+    Returns:
+        `(n, positions, channels * kernel_height * kernel_width)`: one token per output position, padding included,
+        entries in the order of `conv.weight.flatten(1)`.
+
+    Raises:
+        UnsupportedError: several groups, another padding mode, or padding by name.
+    """
+    if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise UnsupportedError(
+            f"patches of a convolution with groups={conv.groups}, padding_mode={conv.padding_mode!r}, "
+            f"padding={conv.padding!r} are not defined; only one group and numeric zero padding are"
+        )
+    patches = functional.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+    return patches.transpose(1, 2)
+
+
 def _moment_for(name: str, module: nn.Module) -> SecondMoment:
+    if isinstance(module, nn.Conv2d):
+        return SecondMoment(module.weight[0].numel(), device=module.weight.device)
     if not isinstance(module, (nn.Linear, LowRankLinear)):
         raise TargetError(
-            f"cannot record the input of '{name}', a {type(module).__name__}; linear layers and adapted layers only"
+            f"cannot record the input of '{name}', a {type(module).__name__}; "
+            "linear layers, convolutions and adapted layers only"
         )
     return SecondMoment(module.in_features, device=module.weight.device)
 
@@ -206,6 +233,10 @@ def _recording_hook(
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(module, nn.Conv2d):
+            for image in x:  # one image at a time bounds the memory that unfolding takes
+                moment.update(unfold_patches(image[None], module))
+            return
         try:
             moment.update(x, _mask_for(x, None if mask is None else mask()))
         except (NumericError, ShapeError) as error:

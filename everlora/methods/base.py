@@ -26,8 +26,8 @@ __all__ = [
     "check_classes",
     "features_by_class",
     "heads_state",
-    "load_heads",
     "keyed_generator",
+    "load_heads",
     "task_key",
     "tasks_in",
 ]

@@ -246,7 +246,8 @@ def _class_folders(folder: Path) -> list[str]:
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+    return sorted(file.absolute() for file in found)  # a table's relative paths are read from the table's folder
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The one training loop: batches in a keyed order, on accelerate, for every method."""
+"""The one training loop: batches in a keyed order, for every method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from everlora.backbones import Backbone
@@ -27,6 +26,7 @@ __all__ = ["Progress", "TaskData", "TaskTrainer", "TrainingReport", "peak_memory
 
 Progress = Callable[[str, int, int], None]
 """Called often as `progress(stage, done, total)`."""
+
 
 @dataclass(frozen=True)
 class TaskData:
@@ -95,8 +95,6 @@ class TaskTrainer:
         self.backbone = backbone
         self.method = method
         self.options = options
-        mixed = "bf16" if options.precision == "bfloat16" else "no"
-        self.accelerator = Accelerator(mixed_precision=mixed, cpu=backbone.device.type == "cpu")
         self.device = backbone.device
         self._progress = progress or (lambda stage, done, total: None)
         self.collect_seconds = 0.0
@@ -155,7 +153,7 @@ class TaskTrainer:
             batch = self._batch(data, rows, epoch=epoch)
             if before is not None:
                 before(batch)
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self._autocast():
                 features = self.backbone.features(batch.inputs)
             yield rows, replace(batch, features=features)
             self._progress(stage, done + 1, len(batches))
@@ -195,7 +193,7 @@ class TaskTrainer:
 
     def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, task: TaskInfo, step: int) -> float:
         self.backbone.train(self.options.dropout)
-        with self.accelerator.autocast():
+        with self._autocast():
             loss = self.method.loss(batch).value
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -204,7 +202,7 @@ class TaskTrainer:
                 f"{optimizer.param_groups[0]['lr']:.2g}); lower lr, or look for bad rows."
             )
         optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
+        torch.autograd.backward(loss)
         self.method.after_backward()
         optimizer.step()
         self.method.after_step(True)
@@ -221,6 +219,10 @@ class TaskTrainer:
             return Batch({}, labels, cached[rows])
         inputs = self.backbone.collate(data.encoded, rows, augment=self._augmentation(epoch))
         return Batch({name: tensor.to(self.device) for name, tensor in inputs.items()}, labels)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.options.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _augmentation(self, epoch: int | None) -> Callable[[Tensor, Tensor], Tensor] | None:
         name = self._augment_name()

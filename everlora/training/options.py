@@ -24,7 +24,8 @@ class TrainingOptions:
         eval_batch_size: rows in a forward pass without gradients.
         optimizer: `adam`, `adamw` or `sgd`; made anew for each task.
         lr: learning rate of the adapters.
-        head_lr: learning rate of the heads; None takes `lr`.
+        head_lr: learning rate of the heads; None takes `lr`. A head starts from nothing, so it wants a higher rate than
+            the branches.
         momentum: of `sgd`.
         weight_decay: of the optimiser.
         lr_schedule: per epoch: `cosine99` (official InfLoRA, ends at 1.6 % of `lr`), `cosine` (to 0), `steps` (a tenth
@@ -41,7 +42,7 @@ class TrainingOptions:
     eval_batch_size: Annotated[int, Field(ge=1)] = 256
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    head_lr: Annotated[float, Field(gt=0)] | None = None
+    head_lr: Annotated[float, Field(gt=0)] | None = 1e-2
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     lr_schedule: Literal["cosine99", "cosine", "constant", "steps"] = "cosine99"

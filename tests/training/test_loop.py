@@ -97,7 +97,7 @@ def test_report_counts_steps_and_trained_elements(folder: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate(folder: Path) -> None:
     trainer, data, task = _trainer(folder)
     trainer.method.loss = lambda batch: Loss(torch.tensor(torch.nan, requires_grad=True))  # type: ignore[method-assign]
-    with pytest.raises(NumericError, match=r"task 'first' is nan at step 0 \(learning rate 0.001\)"):
+    with pytest.raises(NumericError, match=r"task 'first' is nan at step 0 \(learning rate 0.01\)"):
         trainer.learn(task, data)
 
 

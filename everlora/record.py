@@ -1,0 +1,101 @@
+"""What is written about a learner and its tasks beside their tensors, and how tasks are named."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import everlora
+from everlora.backbones import Backbone, load_backbone, model_fingerprint
+from everlora.errors import ModelError, OptionError
+from everlora.methods.base import Method
+from everlora.results import TaskResult
+from everlora.settings import Settings
+from everlora.streams import Examples
+from everlora.training import TrainingReport
+
+__all__ = ["cost_record", "load_base", "provenance", "task_name", "task_record"]
+
+
+def provenance() -> dict[str, Any]:
+    """When something was written, and by which versions."""
+    versions = {"everlora": everlora.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+
+
+def task_record(result: TaskResult, examples: Examples, training: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels, sizes, data fingerprint and training options of one task, as plain values."""
+    return {
+        "labels": list(result.labels),
+        "new_labels": list(result.new_labels),
+        "known_labels": list(result.known_labels),
+        "label_kind": examples.label_kind,
+        "num_examples": result.num_examples,
+        "num_validation": result.num_validation,
+        "num_truncated": result.num_truncated,
+        "data_sha256": examples.fingerprint,
+        "training": dict(training),
+        **provenance(),
+    }
+
+
+def cost_record(report: TrainingReport, method: Method) -> dict[str, Any]:
+    """Seconds, steps, memory and parameters of one task."""
+    cost = {
+        "seconds": report.seconds,
+        "steps": report.steps,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "trainable_parameters": report.trainable_parameters,
+        "stored_parameters": _stored_parameters(method),
+    }
+    return {"cost": cost}
+
+
+def task_name(name: str | None, dataset: Any, taken: Sequence[str]) -> str:
+    """The name given, or one made from the file's name, that no earlier task has."""
+    if name is not None:
+        if name in taken or not name.strip():
+            raise OptionError(f"the task name '{name}' is empty or taken; give another, or none.")
+        return name
+    plain = f"task-{len(taken) + 1}"
+    if isinstance(dataset, str | Path) and Path(dataset).exists():
+        plain = Path(dataset).resolve().stem or plain
+    endings = ["", *(f"-{count}" for count in range(2, len(taken) + 3))]
+    return next(plain + ending for ending in endings if plain + ending not in taken)
+
+
+def load_base(header: Mapping[str, Any], moved_to: str | Path | None, settings: Settings) -> Backbone:
+    """Load the base model a learner was made with, from where it lies now.
+
+    Raises:
+        ModelError: it is not found, or its hash is another.
+    """
+    source = moved_to if moved_to is not None else header["base_model"]
+    try:
+        backbone = load_backbone(source, **settings.as_parts()["model"])
+    except ModelError as error:
+        if moved_to is not None:
+            raise
+        raise ModelError(f"{error} (if the base model moved, say where with --model or model=)") from error
+    found = model_fingerprint(backbone.folder)
+    if found != header["base_sha256"]:
+        raise ModelError(
+            f"the model at {source} is not the one the learner was made with (sha256 {found[:12]}..., expected "
+            f"{header['base_sha256'][:12]}...); give the original with --model or model=."
+        )
+    return backbone
+
+
+def _stored_parameters(method: Method) -> int:
+    """Numbers a user must keep to predict: factors of all tasks and head rows."""
+    tensors: list[Tensor] = []
+    for layer in method.layers().values():
+        tensors += [layer.down, layer.up, layer.past_down, layer.past_up]
+    head = method.head_rows()
+    return sum(tensor.numel() for tensor in [*tensors, head.weight, head.bias])

@@ -1,0 +1,51 @@
+"""Convolutions as linear layers on patches: invariant 22 of the InfLoRA reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from everlora.errors import UnsupportedError
+from everlora.lowrank import GradientMemory, SecondMoment, record_moments, unfold_patches
+
+
+def test_a_one_by_one_convolution_has_the_moment_of_the_linear_layer_on_positions() -> None:
+    conv, x = nn.Conv2d(5, 3, 1).double(), torch.randn(4, 5, 6, 7, dtype=torch.float64)
+    with record_moments({"conv": conv}) as moments:
+        conv(x)
+    tokens = x.permute(0, 2, 3, 1).reshape(-1, 5)
+    torch.testing.assert_close(moments["conv"].matrix, SecondMoment(5).update(tokens).matrix, rtol=1e-12, atol=1e-12)
+    assert moments["conv"].count == 4 * 6 * 7
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 0, 1), ((1, 2), (2, 1), (2, 1))])
+def test_a_designed_branch_as_two_convolutions_equals_unfold_and_linear(stride, padding, dilation) -> None:
+    conv = nn.Conv2d(4, 6, 3, stride=stride, padding=padding, dilation=dilation).double()
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64)
+    patches = unfold_patches(x, conv)
+    plain = patches @ conv.weight.flatten(1).T + conv.bias
+    torch.testing.assert_close(plain.transpose(1, 2), conv(x).flatten(2))
+    with record_moments({"conv": conv}) as moments:
+        conv(x)
+    down = GradientMemory(36).design(moments["conv"], 2)
+    up = torch.randn(6, 2, dtype=torch.float64)
+    settings = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    thin = functional.conv2d(x, down.reshape(2, 4, 3, 3), **settings)
+    branch = functional.conv2d(thin, up[..., None, None])
+    torch.testing.assert_close(branch.flatten(2), (patches @ down.T @ up.T).transpose(1, 2))
+
+
+def test_a_linear_layer_on_patches_has_the_same_moment_as_the_convolution() -> None:
+    conv, x = nn.Conv2d(2, 3, 3, padding=1).double(), torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    with record_moments({"conv": conv}) as moments:
+        conv(x)
+    expected = SecondMoment(18).update(unfold_patches(x, conv)).matrix
+    torch.testing.assert_close(moments["conv"].matrix, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"padding_mode": "reflect"}, {"padding": "same"}])
+def test_other_convolutions_are_refused(options) -> None:
+    with pytest.raises(UnsupportedError, match="not defined"):
+        unfold_patches(torch.randn(1, 4, 5, 5), nn.Conv2d(4, 4, 3, **options))
