@@ -38,8 +38,9 @@ class TaskHeads(nn.Module):
     Source: section 7 of the InfLoRA reference (heads, inference without task identity).
     """
 
-    def __init__(self, feature_dim: int) -> None:
+    def __init__(self, feature_dim: int, init: str = "uniform") -> None:
         super().__init__()
+        self.init = init
         self.feature_dim = feature_dim
         self.heads = nn.ModuleList()
         self.classes: list[tuple[int, ...]] = []
@@ -49,14 +50,15 @@ class TaskHeads(nn.Module):
 
         Args:
             classes: class index of each row of the new head, distinct.
-            generator: source of the initial weights (uniform in `+-1/sqrt(features)`, torch's default for Linear).
+            generator: source of the initial rows, uniform in `+-1/sqrt(features)` as torch draws them; not used when
+                the heads start from zeros.
 
         Returns:
             The new head, `(len(classes), features)`.
         """
         self.freeze()
         head = nn.Linear(self.feature_dim, len(classes))
-        bound = 1 / math.sqrt(self.feature_dim)
+        bound = 1 / math.sqrt(self.feature_dim) if self.init == "uniform" else 0.0
         with torch.no_grad():
             head.weight.uniform_(-bound, bound, generator=generator)
             head.bias.uniform_(-bound, bound, generator=generator)

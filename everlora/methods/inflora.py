@@ -76,6 +76,7 @@ class InfLoRAOptions:
         stats_max_batches: cap on the batches of a measuring pass; None sees all rows.
         forward_mode: how a layer computes: one working weight (`folded`) or concatenated factors (`factored`).
         loss: cross-entropy over the task's own classes (`local`, official) or over all `seen` classes.
+        head_init: a new head's rows: `uniform` (official) or `zeros`, which makes heads of different tasks more alike.
         strict_new_classes: refuse a task that repeats a known class.
         alignment: realign all heads after each task on features drawn from class Gaussians ("CA").
         alignment_epochs: passes over the drawn features.
@@ -99,6 +100,7 @@ class InfLoRAOptions:
     stats_max_batches: Annotated[int, Field(ge=1)] | None = None
     forward_mode: Literal["auto", "folded", "factored"] = "auto"
     loss: Literal["local", "seen"] = "local"
+    head_init: Literal["uniform", "zeros"] = "uniform"
     strict_new_classes: bool = False
     alignment: bool = False
     alignment_epochs: Annotated[int, Field(ge=1)] = 5
@@ -122,7 +124,7 @@ class InfLoRA(Method):
         self.encoder = encoder
         self.seed = seed
         self.threshold = _schedule(options)
-        self.heads = TaskHeads(encoder.feature_dim)
+        self.heads = TaskHeads(encoder.feature_dim, options.head_init)
         self._layers = attach(
             encoder.model,
             options.targets or encoder.default_targets,

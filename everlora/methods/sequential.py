@@ -45,6 +45,7 @@ class SequentialOptions:
         train: `adapter` trains the LoRA, `all` the whole encoder, `head` nothing but the head.
         trains_on: `task` for one task after the other, `stream` for the rows of all tasks at once.
         loss: cross-entropy over the task's own classes (`local`) or over all `seen` classes.
+        head_init: a new head's rows: `uniform` (official) or `zeros`, which makes heads of different tasks more alike.
         forward_mode: how an adapted layer computes.
         alignment: realign all heads after each task on features drawn from class Gaussians, as InfLoRA's "CA" does.
         alignment_epochs: passes over the drawn features.
@@ -56,6 +57,7 @@ class SequentialOptions:
     train: Literal["adapter", "all", "head"] = "adapter"
     trains_on: Literal["task", "stream"] = "task"
     loss: Literal["local", "seen"] = "local"
+    head_init: Literal["uniform", "zeros"] = "uniform"
     forward_mode: Literal["auto", "folded", "factored"] = "auto"
     alignment: bool = False
     alignment_epochs: Annotated[int, Field(ge=1)] = 5
@@ -132,7 +134,7 @@ class Sequential(Method):
         self.seed = seed
         self.trains_on = options.trains_on
         self.fixed_features = options.train == "head"
-        self.heads = TaskHeads(encoder.feature_dim)
+        self.heads = TaskHeads(encoder.feature_dim, options.head_init)
         self.tuned = TunedEncoder(options, encoder, seed)
         alignment = AlignmentOptions(epochs=options.alignment_epochs, lr=options.alignment_lr)
         self.aligner = Aligner(alignment) if options.alignment else None
