@@ -16,7 +16,7 @@ __all__ = ["cache_folder", "model_files", "model_fingerprint"]
 
 logger = logging.getLogger("everlora.backbones")
 
-_PATTERNS = ("config.json", "model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin*")
+_PATTERNS = ("config.json", "model*.safetensors", "model*.safetensors.index.json")
 _CACHE_FILE = "fingerprints.json"
 _CHUNK_BYTES = 1 << 20
 
@@ -50,9 +50,10 @@ def model_fingerprint(folder: str | Path, *, use_cache: bool = True) -> str:
     """
     root = Path(folder)
     files = model_files(root)
-    if not any(path.suffix in (".safetensors", ".bin") for path in files):
+    if not any(path.suffix == ".safetensors" for path in files):
         raise ModelError(
-            f"expected model weights (model.safetensors) in {root}, found none; name the folder that has them"
+            f"expected model weights in {root} (model.safetensors; other formats are pickles and are not read), found "
+            "none; name the folder that has them, or save the model with save_pretrained"
         )
     cache = _read_cache() if use_cache else {}
     known = dict(cache)

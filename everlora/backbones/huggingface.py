@@ -178,6 +178,7 @@ def _guarded(folder: Path, load: Any, *args: Any, **options: Any) -> Any:
 def _load_encoder(folder: Path, config: Any, facts: Architecture, *, pooler: bool, dtype: torch.dtype) -> Any:
     loader: Any = getattr(transformers, facts.loader)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    options["use_safetensors"] = True  # a pickle is never read
     if facts.loader == "AutoModel":
         options["config"] = config
         model_class = _guarded(folder, transformers.MODEL_MAPPING.__getitem__, type(config))

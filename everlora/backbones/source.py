@@ -76,8 +76,6 @@ def _inside_package(text: str) -> Path:
 def _from_hub(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, "model*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, "pytorch_model*.bin"]))
     except HFValidationError as error:
         raise ModelError(f"expected a folder or a hub id, found {name!r}, which is neither; check the name") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

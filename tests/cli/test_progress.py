@@ -44,7 +44,7 @@ def test_no_thread_outlives_it_even_on_failure() -> None:
         progress("train", 1, 2)
         raise RuntimeError
     time.sleep(0.05)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # a thread of an earlier test may end meanwhile
 
 
 def test_many_stages_keep_few_bars() -> None:
