@@ -67,7 +67,7 @@ def test_init_learn_learn_predict_export(months: tuple[Path, Path], tmp_path: Pa
     answers = tmp_path / "answers.jsonl"
     _run("predict", learner, "--input", february, "--output", answers)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    wanted = [row["intent"] for row in csv.DictReader(february.open())]
+    wanted = [row["intent"] for row in csv.DictReader(february.read_text().splitlines())]
     assert sum(row["label"] == intent for row, intent in zip(rows, wanted, strict=True)) > 0.8 * len(rows)
 
     evaluation = _run("eval", learner, january)

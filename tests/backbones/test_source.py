@@ -54,9 +54,7 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
         resolve_source(tmp_path / "model.safetensors")
 
 
-def test_a_hub_id_asks_the_hub_for_weights_in_safetensors_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_asks_the_hub_for_weights_in_safetensors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
