@@ -182,3 +182,9 @@ def test_unknown_names_are_answered_with_the_nearest(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(OptionError, match="not a text file"):
         load_recipe(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_says_both_learning_rates(name: str) -> None:
+    """A change of a default must not move a published protocol."""
+    assert {"epochs", "batch_size", "optimizer", "lr", "head_lr"} <= set(load_recipe(name).training)
