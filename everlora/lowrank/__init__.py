@@ -6,6 +6,9 @@ Knows nothing of tasks, methods or files, so that it can serve any training loop
 from __future__ import annotations
 
 from everlora.lowrank.attach import attach, detach, input_groups, share_down
+from everlora.lowrank.compression import DirectionSum, allocate_ranks, compress, plan_merge
+from everlora.lowrank.directions import DirectionFit, cosines, fit_direction, gram
+from everlora.lowrank.factors import Direction, direction_norm, kappa
 from everlora.lowrank.layer import LowRankLinear
 from everlora.lowrank.memory import GradientMemory
 from everlora.lowrank.moments import SecondMoment, record_moments, unfold_patches
@@ -16,15 +19,26 @@ from everlora.lowrank.working import Block
 __all__ = [
     "Block",
     "ConstantThreshold",
+    "Direction",
+    "DirectionFit",
+    "DirectionSum",
     "GeometricThreshold",
     "GradientMemory",
     "InputGroup",
     "LinearThreshold",
     "LowRankLinear",
     "SecondMoment",
+    "allocate_ranks",
     "attach",
+    "compress",
+    "cosines",
     "detach",
+    "direction_norm",
+    "fit_direction",
+    "gram",
     "input_groups",
+    "kappa",
+    "plan_merge",
     "record_moments",
     "share_down",
     "unfold_patches",

@@ -1,4 +1,4 @@
-"""Maths on low-rank directions given as factors; no `(out, in)` matrix is ever formed.
+"""Angles between low-rank directions, and least squares of a new one on old ones, without an `(out, in)` matrix.
 
 A direction is the product `up @ down` of one pair of factors. Everything here costs products with the thin factors
 and decompositions of matrices as small as the sum of the ranks, runs in float64 and changes nothing it is given.
@@ -9,41 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from everlora.errors import NumericError, OptionError, ShapeError, nearest
+from everlora.errors import NumericError, OptionError, ShapeError
+from everlora.lowrank.factors import Direction, Prepared, known_norm, prepare, thin_frobenius
 from everlora.lowrank.precision import normal_mode
 
-__all__ = ["Direction", "DirectionFit", "cosines", "direction_norm", "fit_direction", "gram", "kappa", "prepare"]
+__all__ = ["DirectionFit", "cosines", "fit_direction", "gram"]
 
-_NORMS = ("fro", "factors")
-_ALIGNED = 1e-2  # kappa under which products of the factors cancel; such a direction gets other factors first
-_ROUNDING = 1e-13  # kappa under which a product holds nothing but the rounding of its factors
 _RCOND = 1e-10  # eigenvalues of the correlation matrix below this fraction of the largest count as zero
 _CANCELLED = 1e-6  # squared residual, relative to its terms, under which their difference loses digits
-
-
-class Direction(NamedTuple):
-    """A low-rank direction `up @ down`. `down`: `(rank, in)`; `up`: `(out, rank)`; rank 0 is allowed and is zero."""
-
-    down: Tensor
-    up: Tensor
-
-
-class Prepared(NamedTuple):
-    """A checked direction: float64 factors without cancellation, and the two norms of the factors given."""
-
-    down: Tensor
-    up: Tensor
-    fro: float
-    factors: float
-
-    def is_empty(self, floor: float) -> bool:
-        """Return True when the product is zero, at most `floor`, or only the rounding of its factors."""
-        return self.fro <= max(floor, _ROUNDING * self.factors)
 
 
 @dataclass(frozen=True)
@@ -94,46 +71,6 @@ class DirectionFit:
         return abs(_finite(weight, "the weight of an absorbed direction")) * self.rho * self.length
 
 
-def direction_norm(direction: Direction, norm: str = "fro") -> float:
-    """Return the norm by which a direction is divided.
-
-    Args:
-        direction: factors of any float dtype.
-        norm: `"fro"` for `|up @ down|_F = sqrt(sum((up^T up) * (down down^T)))`, `"factors"` for
-            `|up|_F * |down|_F`, which is larger by `1 / kappa`.
-
-    Returns:
-        The norm in float64, 0 for a zero direction.
-
-    Raises:
-        OptionError: `norm` is unknown.
-        ShapeError: the factors do not fit each other or are not of a float dtype.
-        NumericError: NaN or infinity in the factors, or a norm beyond float64.
-
-    Source: section 2 of the method page of SD-LoRA. Where the factors cancel (kappa below 0.01) the identity alone
-    would lose digits; there it is applied to the singular factors of the same product.
-    Cost: `O(rank^2 (in + out))`.
-    """
-    kind = _known_norm(norm)
-    with normal_mode():
-        (ready,) = prepare([direction])
-    return ready.fro if kind == "fro" else ready.factors
-
-
-def kappa(direction: Direction) -> float:
-    """Return `|up @ down|_F / (|up|_F |down|_F)`: in (0, 1], 1 for rank 1, and 0 for a zero direction.
-
-    Raises:
-        ShapeError: the factors do not fit each other or are not of a float dtype.
-        NumericError: NaN or infinity in the factors.
-
-    Source: section 2 of the method page of SD-LoRA; about `1 / sqrt(rank)` for unstructured factors.
-    """
-    with normal_mode():
-        (ready,) = prepare([direction])
-    return _ratio(ready)
-
-
 def gram(directions: Sequence[Direction], others: Sequence[Direction] | None = None) -> Tensor:
     """Return the Frobenius inner products `<up_i down_i, up_j down_j>`, not normalised.
 
@@ -154,10 +91,9 @@ def gram(directions: Sequence[Direction], others: Sequence[Direction] | None = N
     count = len(directions)
     with normal_mode():
         ready = prepare([*directions, *(others or ())])
-        if others is not None:
-            return _products(ready[:count], ready[count:])
-        inner = _products(ready, ready)
-        return (inner + inner.T) / 2
+        rows, columns = ready[:count], ready if others is None else ready[count:]
+        inner = _products(rows, columns) * _sizes(rows)[:, None] * _sizes(columns)
+        return (inner + inner.T) / 2 if others is None else inner
 
 
 def cosines(directions: Sequence[Direction], floor: float = 0.0) -> Tensor:
@@ -177,7 +113,7 @@ def cosines(directions: Sequence[Direction], floor: float = 0.0) -> Tensor:
         ready = prepare(directions)
         live = [i for i, item in enumerate(ready) if not item.is_empty(floor)]
         units = [_unit(ready[i]) for i in live]
-        result = torch.zeros(len(ready), len(ready), dtype=torch.float64, device=_device(ready))
+        result = torch.zeros(len(ready), len(ready), dtype=torch.float64, device=_place(ready))
         if live:
             index = torch.tensor(live, device=result.device)
             result[index[:, None], index] = _correlations(units)
@@ -218,7 +154,7 @@ def fit_direction(
     Cost: `O(R^2 (in + out) + n^3)` for `n` old directions with ranks summing to `R`; with `old_gram` linear in `R`
     unless the residual is below 1e-3.
     """
-    kind, floor = _known_norm(norm), _known_floor(floor)
+    kind, floor = known_norm(norm), _known_floor(floor)
     with normal_mode():
         target, *ready = prepare([new, *old])
         used = tuple(not item.is_empty(floor) for item in ready)
@@ -226,7 +162,7 @@ def fit_direction(
         known = None if old_gram is None else _known_gram(old_gram, len(ready)).to(beta.device)
         if target.is_empty(floor):
             return DirectionFit(beta, 0.0, 0.0, used, 0)
-        length = 1.0 if kind == "fro" else _ratio(target)
+        length = 1.0 if kind == "fro" else target.kappa
         live = [i for i, takes_part in enumerate(used) if takes_part]
         if not live:
             return DirectionFit(beta, 1.0, length, used, 0)
@@ -239,56 +175,98 @@ def fit_direction(
         rho = _relative_residual(unit, basis, coefficients, right)
         if kind == "factors":
             # The unit directions are D / kappa in this norm.
-            coefficients = coefficients * length / coefficients.new_tensor([_ratio(item) for item in chosen])
+            coefficients = coefficients * length / coefficients.new_tensor([item.kappa for item in chosen])
         beta[index] = coefficients
         return DirectionFit(beta, rho, length, used, rank)
 
 
-def prepare(directions: Sequence[Direction]) -> list[Prepared]:
-    """Check directions of one layer and bring them to float64 on the device of the first (CPU without float64).
+def _products(first: Sequence[Prepared], second: Sequence[Prepared]) -> Tensor:
+    """Inner products of the prepared factors, `(n, m)`, without the sizes that `Prepared.factors` holds."""
+    if not first or not second:
+        device = _place([*first, *second])
+        return torch.zeros(len(first), len(second), dtype=torch.float64, device=device)
+    ups = [torch.cat([item.up for item in group], dim=1) for group in (first, second)]
+    downs = [torch.cat([item.down for item in group]) for group in (first, second)]
+    hadamard = (ups[0].T @ ups[1]) * (downs[0] @ downs[1].T)
+    return _membership(first).T @ hadamard @ _membership(second)
 
-    Raises:
-        ShapeError: factors that do not fit each other, or directions of different layers.
-        NumericError: NaN or infinity in the factors, or a norm beyond float64.
+
+def _membership(group: Sequence[Prepared]) -> Tensor:
+    """`(R, n)`: which rank belongs to which direction; a product with it sums blocks in a fixed order."""
+    device = _place(group)
+    ranks = torch.tensor([item.up.shape[1] for item in group], device=device)
+    owners = torch.repeat_interleave(torch.arange(len(group), device=device), ranks)
+    return torch.nn.functional.one_hot(owners, len(group)).to(torch.float64)
+
+
+def _sizes(group: Sequence[Prepared]) -> Tensor:
+    return torch.tensor([item.factors for item in group], dtype=torch.float64, device=_place(group))
+
+
+def _place(group: Sequence[Prepared]) -> torch.device:
+    return group[0].up.device if group else torch.device("cpu")
+
+
+def _unit(item: Prepared) -> Prepared:
+    return Prepared(item.down, item.up / item.kappa, 1.0, 1.0)
+
+
+def _correlations(units: Sequence[Prepared]) -> Tensor:
+    inner = _products(units, units)
+    return _with_unit_diagonal((inner + inner.T) / 2)
+
+
+def _rescaled(inner: Tensor, chosen: Sequence[Prepared]) -> Tensor:
+    scale = inner.new_tensor([item.fro for item in chosen])
+    return _with_unit_diagonal(inner / scale / scale[:, None])
+
+
+def _with_unit_diagonal(inner: Tensor) -> Tensor:
+    inner.fill_diagonal_(1.0)
+    return inner
+
+
+def _solve(inner: Tensor, right: Tensor) -> tuple[Tensor, int]:
+    """Solution of least norm of `inner @ x = right`, and the rank used.
+
+    An eigen-decomposition rather than Cholesky, which may succeed on a matrix that is singular to rounding and then
+    gives huge coefficients.
     """
-    if not directions:
-        return []
-    first = directions[0].up.device
-    device = torch.device("cpu") if first.type == "mps" else first
-    ready = []
-    for index, (down, up) in enumerate(directions):
-        _require_pair(index, down, up)
-        if (down.shape[1], up.shape[0]) != (directions[0].down.shape[1], directions[0].up.shape[0]):
-            raise ShapeError(
-                f"direction {index} maps {down.shape[1]} inputs to {up.shape[0]} outputs, direction 0 "
-                f"{directions[0].down.shape[1]} to {directions[0].up.shape[0]}; pass directions of one layer"
-            )
-        # Moved first and widened then: the device it comes from may have no float64.
-        wide = [factor.detach().to(device).to(torch.float64) for factor in (down, up)]
-        ready.append(_measured(index, *wide))
-    return ready
+    values, vectors = torch.linalg.eigh(inner)
+    kept = values > _RCOND * values[-1]
+    values, vectors = values[kept], vectors[:, kept]
+    return vectors @ ((vectors.T @ right) / values), int(kept.sum())
 
 
-def _require_pair(index: int, down: Tensor, up: Tensor) -> None:
-    fits = down.ndim == 2 and up.ndim == 2 and down.shape[0] == up.shape[1]
-    if not fits or not (down.is_floating_point() and up.is_floating_point()):
+def _relative_residual(unit: Prepared, basis: Sequence[Prepared], coefficients: Tensor, right: Tensor) -> float:
+    """`|unit - sum_i c_i basis_i|_F`, from the Gram system where that is exact enough, else from the factors."""
+    squared = 1.0 - float(coefficients @ right)
+    terms = 1.0 + float(coefficients.abs().sum())
+    if squared > _CANCELLED * terms**2:
+        return math.sqrt(min(squared, 1.0))
+    ups = [item.up * -c for item, c in zip(basis, coefficients, strict=True)]
+    downs = [item.down for item in basis]
+    return min(thin_frobenius(torch.cat([unit.down, *downs]), torch.cat([unit.up, *ups], dim=1)), 1.0)
+
+
+def _known_gram(matrix: Tensor, count: int) -> Tensor:
+    if tuple(matrix.shape) != (count, count) or matrix.dtype != torch.float64:
         raise ShapeError(
-            f"direction {index}: expected real factors down (rank, in) and up (out, rank), got {tuple(down.shape)} of "
-            f"{down.dtype} and {tuple(up.shape)} of {up.dtype}"
+            f"expected the float64 Gram matrix of {count} old directions, got {tuple(matrix.shape)} of "
+            f"{matrix.dtype}; pass what gram(old) gave"
         )
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericError("the Gram matrix of the old directions holds NaN or infinity; compute it again")
+    return matrix
 
 
-def _measured(index: int, down: Tensor, up: Tensor) -> Prepared:
-    """Compute the norms, and replace factors whose products cancel."""
-    factors = float(down.norm() * up.norm())
-    if not math.isfinite(factors):
-        raise NumericError(f"direction {index} holds NaN, infinity or values too large for float64; check the training")
-    fro = _hadamard(down, up)
-    if 0.0 < factors and fro < _ALIGNED * factors:
-        down, up = singular_factors(down, up)
-        fro = _hadamard(down, up)
-    return Prepared(down, up, min(fro, factors), factors)
+def _known_floor(floor: float) -> float:
+    if isinstance(floor, bool) or not 0.0 <= floor < math.inf:
+        raise OptionError(f"floor must be a finite norm of at least 0, got {floor!r}; usual is 1e-12 of the base's")
+    return float(floor)
 
 
-def _hadamard(down: Tensor, up: Tensor) -> float:
-    return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+def _finite(value: float, name: str) -> float:
+    if not math.isfinite(value):
+        raise NumericError(f"{name} must be finite, got {value!r}; check the magnitudes")
+    return float(value)
