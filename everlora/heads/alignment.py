@@ -190,7 +190,4 @@ def _alignment_loss(heads: TaskHeads, features: Tensor, labels: Tensor, logit_no
     if logit_norm is not None:
         norms = torch.stack([block.norm(dim=1, keepdim=True) for block in blocks])
         logits = logits / (norms.mean(dim=0) + 1e-7) / logit_norm
-    row_classes = torch.tensor([c for classes in heads.classes for c in classes], device=device)
-    scores = logits.new_full((len(logits), heads.num_classes()), -torch.inf)
-    scores = scores.scatter_reduce(1, row_classes.expand(len(logits), -1), logits, reduce="amax", include_self=True)
-    return nn.functional.cross_entropy(scores, labels)
+    return nn.functional.cross_entropy(heads.best_rows(logits), labels)

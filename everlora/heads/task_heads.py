@@ -102,7 +102,10 @@ class TaskHeads(nn.Module):
         Returns:
             `(n, classes)` float32.
         """
-        rows = self.row_logits(features, task).float()
+        return self.best_rows(self.row_logits(features, task).float(), task)
+
+    def best_rows(self, rows: Tensor, task: int | None = None) -> Tensor:
+        """Take the maximum over each class's rows: `(n, rows) -> (n, classes)`, `-inf` for classes without a row."""
         classes = self._row_classes(rows.device, task)
         scores = rows.new_full((len(rows), self.num_classes()), -torch.inf)
         return scores.scatter_reduce(1, classes.expand(len(rows), -1), rows, reduce="amax", include_self=True)

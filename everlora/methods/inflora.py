@@ -136,7 +136,7 @@ class InfLoRA(Method):
         self.memories: dict[str, GradientMemory] = {}
         self.aligner = Aligner(_alignment(options)) if options.alignment else None
         self._moments: dict[str, SecondMoment] = {}
-        self._past: State = {}
+        self._protected: State = {}
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Steps 1 to 5: threshold check, new head, pass 1, design of `down`, choice of the trainable parameters."""
@@ -160,10 +160,8 @@ class InfLoRA(Method):
         for group, memory in self.memories.items():
             if self.options.projection:
                 _named(group, memory.update, moments[group], epsilon)
-                self._past[task_key(task.index, f"memory/{group}")] = memory.last_added.cpu()
-        for name, layer in self._layers.items():
-            self._past[task_key(task.index, f"adapter/{name}/down")] = layer.down.detach().cpu().clone()
-            self._past[task_key(task.index, f"adapter/{name}/up")] = layer.up.detach().cpu().clone()
+                self._protected[task_key(task.index, f"memory/{group}")] = memory.last_added.cpu()
+        for layer in self._layers.values():
             layer.fold_block()
         self.heads.freeze()
         self._moments = {}
@@ -195,14 +193,19 @@ class InfLoRA(Method):
 
     def state(self) -> State:
         """Factors, directions and head of every task (written once); realigned heads and statistics if any."""
-        return {"groups": self._groups, **self._past, **heads_state(self.heads, self.aligner)}
+        factors: State = {}
+        for name, layer in self._layers.items():
+            for index, block in enumerate(layer.blocks()):
+                factors[task_key(index, f"adapter/{name}/down")] = block.down.cpu()
+                factors[task_key(index, f"adapter/{name}/up")] = block.up.cpu()
+        return {"groups": self._groups, **factors, **self._protected, **heads_state(self.heads, self.aligner)}
 
     def load_state(self, state: State) -> None:
         """Replay every task: append its factors, its protected directions and its head."""
         count = load_heads(self.heads, self.aligner, state)
         if count:
             self._set_groups({group: list(names) for group, names in state["groups"].items()})
-        self._past = {k: v for k, v in state.items() if "/adapter/" in k or "/memory/" in k}
+        self._protected = {k: v for k, v in state.items() if "/memory/" in k}
         for index in range(count if self.options.projection else 0):
             for group, memory in self.memories.items():
                 memory.append(state[task_key(index, f"memory/{group}")])
