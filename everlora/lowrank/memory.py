@@ -6,12 +6,13 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from everlora.errors import OptionError, ShapeError, nearest
+from everlora.lowrank.leading import Wanted, leading
 from everlora.lowrank.moments import SecondMoment
 from everlora.lowrank.precision import normal_mode, without_autocast
 from everlora.lowrank.spectrum import (
@@ -30,7 +31,10 @@ __all__ = ["GradientMemory"]
 _LOG = logging.getLogger("everlora.lowrank.memory")
 _ENERGIES = ("moment_squared", "moment")
 _FIRST_TASKS = ("below", "reach")
+_DECOMPOSITIONS = ("auto", "full", "partial")
+_WIDE = 448  # from this many free directions on a partial decomposition is faster
 _SLACK = 1e-12  # rounding allowed in a comparison with a threshold
+_CLEAN = 1e-13  # deviation from orthonormal columns that is left as it is
 _STATE_FIELDS = ("dim", "occupied", "last_added", "updates", "form", "energy", "first_task")
 
 
@@ -47,6 +51,9 @@ class GradientMemory:
         energy: what `update` and `captured` count as energy, squared eigenvalues of the moment or eigenvalues.
         first_task: `"below"` stops the first update one direction short of the threshold, as the official code
             does; `"reach"` uses the general rule.
+        decomposition: `"full"` takes whole eigen-decompositions; `"partial"` looks for the leading directions alone
+            and takes the whole one where it cannot prove that they agree to 1e-7 (near-ties, flat spectra, many
+            directions); `"auto"` is partial while at least 448 directions are free. The number added is the same.
         dtype: of the tensors handed out, float64 or float32; inside, everything is float64.
         device: where the memory lies; devices without float64 are served from the CPU.
 
@@ -64,6 +71,7 @@ class GradientMemory:
         form: str = "moment_squared",
         energy: str = "moment_squared",
         first_task: str = "below",
+        decomposition: Literal["auto", "full", "partial"] = "auto",
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
     ) -> None:
@@ -75,6 +83,7 @@ class GradientMemory:
         self.form = _choice("form", form, _ENERGIES)
         self.energy = _choice("energy", energy, _ENERGIES)
         self.first_task = _choice("first_task", first_task, _FIRST_TASKS)
+        self.decomposition = _choice("decomposition", decomposition, _DECOMPOSITIONS)
         self.dtype = dtype
         self.device = torch.device("cpu" if device is None else device)
         self._place = torch.device("cpu") if self.device.type == "mps" else self.device
@@ -146,11 +155,7 @@ class GradientMemory:
                     f"the branch gets {count}; lower the thresholds or the rank to keep room for later tasks",
                     stacklevel=2,
                 )
-            values, directions = spectrum(
-                moment, self._free_or_none(), squared=self.form == "moment_squared", resolve=count
-            )
-            self._log_effective_rank(values, count)
-            down = directions[:, :count].T / math.sqrt(3.0)
+            down = self._leading_directions(moment, count).T / math.sqrt(3.0)
             if pad and count < rank:
                 down = torch.cat([down, down.new_zeros(rank - count, self.dim)])
             return down.to(self.device, self.dtype).contiguous()
@@ -182,12 +187,9 @@ class GradientMemory:
                 warnings.warn("the second moment is zero, nothing to protect; check the layer's inputs", stacklevel=2)
                 self._last_added = 0
                 return 0
-            squared = self.energy == "moment_squared"
-            resolve = None if 1.0 - threshold < 1e-10 else 0
-            values, directions = spectrum(moment, self._free_or_none(), squared=squared, resolve=resolve)
-            count = self._directions_needed(values, total_energy(moment, squared), threshold)
-            self._extend(self._orthogonalised(directions[:, :count]))
-            return count
+            directions = self._directions_needed(moment, threshold)
+            self._extend(self._orthogonalised(directions))
+            return directions.shape[1]
 
     def append(self, directions: Tensor, *, counted: bool = True) -> None:
         """Replay directions that an earlier update added, bit for bit.
@@ -253,9 +255,7 @@ class GradientMemory:
             moment, scale = self._accept(second_moment)
             if scale == 0.0:
                 return 0.0
-            inside = self._occupied.T @ moment
-            held = inside.square().sum() if squared else (inside * self._occupied.T).sum()
-            return float(held / total_energy(moment, squared))
+            return self._held_energy(moment, squared) / total_energy(moment, squared)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on: the directions (a copy), counts and options."""
@@ -304,20 +304,54 @@ class GradientMemory:
                 self._free = complete(self._occupied)
         return self._free
 
-    def _free_or_none(self) -> Tensor | None:
-        return None if self.occupied_rank == 0 else self._free_basis()
+    def _leading_directions(self, moment: Tensor, count: int) -> Tensor:
+        """Design directions in the free space, `(dim, count)`."""
+        squared = self.form == "moment_squared"
+        if self._is_partial and count:
+            part = leading(moment, self._occupied, Wanted(count=count), squared=squared)
+            if part is not None:
+                return orient(part.directions)
+        whole = spectrum(moment, self._occupied, squared=squared, resolve=count)
+        self._log_effective_rank(whole.values, count)
+        return whole.leading(count)
 
-    def _directions_needed(self, values: Tensor, total: float, threshold: float) -> int:
-        fractions = values / total
-        if self._updates == 0 and self.first_task == "below" and threshold < 1.0:
-            reached = fractions.cumsum(0)
-            return max(1, int((reached < threshold - _SLACK).sum()))
-        return int((energy_tails(fractions) > 1.0 - threshold + _SLACK).sum())
+    def _directions_needed(self, moment: Tensor, threshold: float) -> Tensor:
+        """Fewest directions that reach the threshold, `(dim, n)`."""
+        squared = self.energy == "moment_squared"
+        total = total_energy(moment, squared)
+        one_less = self._updates == 0 and self.first_task == "below" and threshold < 1.0
+        resolve_all = 1.0 - threshold < 1e-10
+        if self._is_partial and not resolve_all:
+            wanted = Wanted(
+                rest=total - self._held_energy(moment, squared),
+                limit=(1.0 - threshold + _SLACK) * total,
+                total=total,
+                one_less=one_less,
+            )
+            if wanted.is_enough_already():
+                return moment.new_zeros(self.dim, 0)
+            part = leading(moment, self._occupied, wanted, squared=squared)
+            if part is not None:
+                return orient(part.directions)
+        whole = spectrum(moment, self._occupied, squared=squared, resolve=None if resolve_all else 0)
+        count = int((energy_tails(whole.values / total) > 1.0 - threshold + _SLACK).sum())
+        return whole.leading(max(1, count - 1) if one_less else count)
+
+    @property
+    def _is_partial(self) -> bool:
+        return self.decomposition == "partial" or (self.decomposition == "auto" and self.free_rank >= _WIDE)
+
+    def _held_energy(self, moment: Tensor, squared: bool) -> float:
+        inside = self._occupied.T @ moment
+        return float(inside.square().sum() if squared else (inside * self._occupied.T).sum())
 
     def _orthogonalised(self, directions: Tensor) -> Tensor:
         """Clean rounding off new directions; the protected ones stay as they are."""
         for _ in range(2):
             directions = directions - self._occupied @ (self._occupied.T @ directions)
+        inner = directions.T @ directions - torch.eye(directions.shape[1], dtype=torch.float64, device=self._place)
+        if directions.shape[1] == 0 or float(inner.abs().max()) < _CLEAN:
+            return orient(directions)  # as a decomposition mostly leaves them; factorising many costs as much again
         columns, triangle = torch.linalg.qr(directions)
         # The factorisation may flip columns; undo that, then settle the sign of ties on the final values.
         return orient(columns * torch.where(triangle.diagonal() < 0, -1.0, 1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from everlora.errors import NumericError, ShapeError
 
 __all__ = [
+    "Complement",
+    "Spectrum",
     "as_symmetric",
     "complete",
     "energy_tails",
+    "lower_gram",
     "orient",
     "require_orthonormal",
     "scaled",
@@ -40,10 +44,13 @@ def as_symmetric(matrix: Tensor, dim: int, device: torch.device) -> Tensor:
         )
     # Moved first and widened then: the device it comes from may have no float64.
     matrix = matrix.detach().to(device).to(torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
+    largest = float(matrix.abs().max())  # NaN and infinity pass through a maximum
+    if not math.isfinite(largest):
         raise NumericError("the second moment holds NaN or infinity; check the layer's inputs")
+    if torch.equal(matrix, matrix.T):
+        return matrix
     gap = float((matrix - matrix.T).abs().max())
-    if gap > _ASYMMETRY * float(matrix.abs().max()):
+    if gap > _ASYMMETRY * largest:
         raise ShapeError(f"a second moment must be symmetric, found a difference of {gap:.3g}; pass x x^T averaged")
     return matrix / 2 + matrix.T / 2
 
@@ -118,65 +125,124 @@ def energy_tails(values: Tensor) -> Tensor:
     return torch.cat([tails, tails.new_zeros(1)])
 
 
-def spectrum(
-    moment: Tensor, free: Tensor | None, *, squared: bool, resolve: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Decompose a second moment as it acts on the free space, largest first.
+class Complement:
+    """Orthonormal coordinates of what is free beside the orthonormal columns `occupied (dim, m)`, never formed whole.
+
+    The reflectors of a Householder QR are applied instead of being multiplied out: `4 dim^2 m` operations for a
+    whole matrix, where forming the basis and multiplying by it costs `2 dim^2 (dim - m)` more than its QR.
+    """
+
+    def __init__(self, occupied: Tensor) -> None:
+        self.dim, self.held = occupied.shape
+        # With most of the space protected the few free columns themselves are cheaper than their reflectors.
+        self._columns = complete(occupied) if 2 * self.held > self.dim else None
+        self._reflectors = torch.geqrf(occupied) if 0 < self.held and self._columns is None else None
+
+    def restrict(self, matrix: Tensor) -> Tensor:
+        """Return `matrix @ F` for `matrix (n, dim)`, `(n, k)`."""
+        if self._columns is not None:
+            return matrix @ self._columns
+        if self._reflectors is None:
+            return matrix
+        return torch.ormqr(*self._reflectors, matrix, left=False)[:, self.held :]
+
+    def embed(self, vectors: Tensor) -> Tensor:
+        """Return `F @ vectors` for `vectors (k, n)`, `(dim, n)`."""
+        if self._columns is not None:
+            return self._columns @ vectors
+        if self._reflectors is None:
+            return vectors
+        padded = torch.cat([vectors.new_zeros(self.held, vectors.shape[1]), vectors])
+        return torch.ormqr(*self._reflectors, padded)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What `spectrum` found.
+
+    Args:
+        values: `(k,)` eigenvalues, descending and not negative.
+        vectors: `(k, k)`, orthonormal columns in coordinates of the free space, in any order.
+        order: `(k,)`, which column belongs to which value.
+        complement: takes `(k, n)` to `(dim, n)`.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    order: Tensor
+    complement: Complement
+
+    def leading(self, count: int) -> Tensor:
+        """Return the first directions, `(dim, count)`, oriented as `orient` does."""
+        return orient(self.complement.embed(self.vectors[:, self.order[:count]]))
+
+
+def spectrum(moment: Tensor, occupied: Tensor, *, squared: bool, resolve: int | None = None) -> Spectrum:
+    """Decompose a second moment wholly as it acts on the free space, largest first.
 
     Args:
         moment: `C`, `(dim, dim)` symmetric float64.
-        free: `F`, `(dim, k)` orthonormal columns; None stands for the whole space.
+        occupied: `M`, `(dim, m)` orthonormal columns; `F (dim, k)` is a basis of its complement.
         squared: True for `F^T C^2 F`, False for `F^T C F`.
         resolve: how many leading directions must be accurate even when the spectrum is wide; None for all. Where
             the squared problem cannot give that, singular values of `C F` are taken instead.
 
     Returns:
-        Eigenvalues `(k,)`, descending and not negative, and directions `(dim, k)` with orthonormal columns in
-        span(F), oriented as `orient` does.
+        Eigenvalues and directions; the directions are multiplied out when asked for.
 
     Cost: `O(dim^2 k + k^3)`; the singular values, where needed, about twice that.
     """
-    if free is None:
+    complement = Complement(occupied)
+    if occupied.shape[1] == 0:
         # C and C^2 share eigenvectors: no need to square, hence no digits lost.
         values, vectors = _symmetric(moment)
-        values = values.square() if squared else values.clamp_min(0.0)
-        order = values.argsort(descending=True, stable=True)
-        return values[order], orient(vectors[:, order])
-    if free.shape[1] == 0:
-        return free.new_zeros(0), free
-    if squared:
-        values, vectors = _squared(moment @ free, resolve)
+        values = values.square() if squared else values
+    elif occupied.shape[1] == moment.shape[0]:
+        values, vectors = moment.new_zeros(0), moment.new_zeros(0, 0)
+    elif squared:
+        values, vectors = _squared(complement.restrict(moment), resolve)
     else:
-        inner = free.T @ moment @ free
-        values, vectors = _symmetric((inner + inner.T) / 2)
-        values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-    return values, orient(free @ vectors)
+        values, vectors = _symmetric(complement.restrict(complement.restrict(moment).T))
+    order = values.argsort(descending=True, stable=True)
+    return Spectrum(values[order].clamp_min(0.0), vectors, order, complement)
+
+
+def lower_gram(product: Tensor) -> Tensor:
+    """Return `(k, k)` whose lower triangle is that of `product.T @ product`; above the diagonal lies no meaning.
+
+    A symmetric eigen-solver reads no more, and four tenths of the whole product are saved.
+    """
+    count = product.shape[1]
+    gram = product.new_zeros(count, count)
+    step = max(-(-count // 6), 64)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        gram[start:stop, :stop] = product[:, start:stop].T @ product[:, :stop]
+    return gram
 
 
 def _symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors; by singular values when the eigen-solver gives up."""
+    """Eigenvalues and eigenvectors by the lower triangle; by singular values when the eigen-solver gives up."""
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(matrix, UPLO="L")
     except LinAlgError:
-        left, _, _ = torch.linalg.svd(matrix)
-        values = (left * (matrix @ left)).sum(0)
-        order = values.argsort()
-        values, vectors = values[order], left[:, order]
+        lower = matrix.tril()
+        matrix = lower + lower.T - torch.diag(matrix.diagonal())
+        vectors, _, _ = torch.linalg.svd(matrix)
+        values = (vectors * (matrix @ vectors)).sum(0)
     return values, vectors
 
 
 def _squared(product: Tensor, resolve: int | None) -> tuple[Tensor, Tensor]:
-    """Right singular vectors of `product (dim, k)` and squared singular values, descending."""
-    count = product.shape[1]
+    """Right singular vectors of `product (dim, k)` and squared singular values."""
     if resolve is not None:
         try:
-            values, vectors = torch.linalg.eigh(product.T @ product)
+            values, vectors = torch.linalg.eigh(lower_gram(product), UPLO="L")
         except LinAlgError:
             resolve = None
         else:
-            values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
-            last = min(resolve, count) - 1
-            if last < 0 or values[last] >= _RESOLVED * values[0]:
+            last = min(resolve, values.shape[0])
+            if last == 0 or values[-last] >= _RESOLVED * values[-1]:
                 return values, vectors
     _, singular, right = torch.linalg.svd(product, full_matrices=False)
     return singular.square(), right.T
