@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from everlora.errors import OptionError, ShapeError, UnsupportedError, nearest
+from everlora.lowrank.magnitudes import Magnitudes
 from everlora.lowrank.precision import autocast_dtype, full_precision, normal_mode
 from everlora.lowrank.products import factored_branch, folded_linear
+from everlora.lowrank.scaled_products import Branches, factored_scaled, folded_scaled, known_form
 from everlora.lowrank.sharing import InputGroup, project
-from everlora.lowrank.working import Block, ConcatenatedFactors, WorkingWeight
+from everlora.lowrank.working import Block, ConcatenatedFactors, PastFactors, WorkingWeight
 
 __all__ = ["FORWARD_MODES", "LowRankLinear"]
 
@@ -35,7 +37,10 @@ class LowRankLinear(nn.Module):
     all factors, for bases whose dtype would round the update away. `"auto"`: folded for a float32 or float64 base,
     factored otherwise. Both give gradients to the current factors by thin products only.
 
-    A write to a factor through `tensor.data` cannot be seen; call `invalidate` after it.
+    `set_magnitudes` puts trained coefficients in the place of `past_scale` and before the current block.
+
+    A write to a factor through `tensor.data` cannot be seen; call `invalidate` after it. `torch.compile` runs the
+    layer outside the graph.
 
     Args:
         base: the layer to adapt; its parameters are frozen.
@@ -43,9 +48,12 @@ class LowRankLinear(nn.Module):
         forward_mode: see above.
         train_down: whether `down` of a block is trained; if not, the input is not kept for the backward pass.
         generator: draws the first `down`; the global generator by default.
+        gradient_form: how the folded form with magnitudes computes gradients of the factors and coefficients:
+            `"thin"` products over all columns, `"dense"` from one product of the size of the base, or the cheaper
+            of the two (`"auto"`). An attribute, to be changed at any time.
 
     Raises:
-        OptionError: `rank` or `forward_mode` is out of range.
+        OptionError: `rank`, `forward_mode` or `gradient_form` is out of range.
         UnsupportedError: folding was asked for a quantised base.
     """
 
@@ -64,6 +72,7 @@ class LowRankLinear(nn.Module):
         forward_mode: str = "auto",
         train_down: bool = True,
         generator: torch.Generator | None = None,
+        gradient_form: str = "auto",
     ) -> None:
         super().__init__()
         if forward_mode not in FORWARD_MODES:
@@ -76,8 +85,10 @@ class LowRankLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.forward_mode, self.train_down = forward_mode, train_down
+        self.gradient_form = known_form(gradient_form)
         self.group: InputGroup | None = None
         self._working, self._joined = WorkingWeight(), ConcatenatedFactors()
+        self._magnitudes: Magnitudes | None = None
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         with normal_mode():
             empty = torch.zeros(0, dtype=dtype, device=base.weight.device)
@@ -118,24 +129,39 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., in)` to `(..., out)`."""
+        if torch.compiler.is_compiling():
+            # Imported here because it loads the compiler, seconds that only those who compile should spend.
+            from everlora.lowrank.uncompiled import forward_uncompiled
+
+            return forward_uncompiled(self, x)
+        return self.forward_eager(x)
+
+    def forward_eager(self, x: Tensor) -> Tensor:
+        """Do what `forward` does; never traced."""
         return self._folded(x) if self.resolved_mode == "folded" else self._factored(x)
 
     def _folded(self, x: Tensor) -> Tensor:
         weight, bias = self._refresh(), self.base.bias
         dtype = autocast_dtype(x)
         trains = self.rank > 0 and (self.up.requires_grad or self.down.requires_grad)
+        by = self._magnitudes
         flows = trains or x.requires_grad or (bias is not None and bias.requires_grad)
+        flows = flows or (by is not None and by.values.requires_grad)
         if not (torch.is_grad_enabled() and flows):
             weight = weight if dtype is None else self._working.weight_as(dtype)
             return functional.linear(x, weight, bias)
-        projection = self._project(x, self.down) if trains else None
         wide = x if dtype is None else x.to(dtype)
+        if by is not None:
+            return folded_scaled(wide, bias, self._branches(by), self._working, known_form(self.gradient_form))
+        projection = self._project(x, self.down) if trains else None
         return folded_linear(wide, self.up, self.down, bias, projection=projection, working=self._working)
 
     def _factored(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         if self.rank + self.total_rank == 0:
             return y
+        if self._magnitudes is not None:
+            return factored_scaled(y, x, self._branches(self._magnitudes))
         down_all, up_all = self._joined.refresh(self._past(), self.down, self.up, self.group)
         projection = self._project(x, down_all)
         return factored_branch(y, x, self.up, self.down, projection=projection, up_all=up_all, down_all=down_all)
@@ -146,13 +172,109 @@ class LowRankLinear(nn.Module):
     def _past(self) -> Block:
         return Block(self.past_down, self.past_up, self.past_scale)
 
+    def _frozen(self, by: Magnitudes) -> PastFactors:
+        return PastFactors(self.past_down, self.past_up, by.columns(self.past_ranks))
+
+    def _branches(self, by: Magnitudes) -> Branches:
+        return Branches(self.up, self.down, by.coefficients(self.down, self.up), self._frozen(by))
+
     def _refresh(self) -> Tensor:
+        by = self._magnitudes
+        if by is not None:
+            return self._working.refresh_scaled(self.base.weight, self._frozen(by), self.down, self.up, by)
         return self._working.refresh(self.base.weight, self._past(), self.down, self.up)
 
     def invalidate(self) -> None:
         """Rebuild the working weight at the next forward pass, after a change that left no trace."""
         self._working.invalidate()
         self._joined.invalidate()
+        if self._magnitudes is not None:
+            self._magnitudes.forget()
+
+    def set_magnitudes(
+        self,
+        values: nn.Parameter,
+        gain: Tensor,
+        offset: Tensor,
+        *,
+        row: int | None = None,
+        current: Literal["raw", "normalised"] = "raw",
+        norm: Literal["fro", "factors"] = "fro",
+        soft_eps: float = 1.0,
+    ) -> None:
+        """Let past block k count with `values[k] * gain[k] + offset[k]` from now on, instead of its `past_scale`.
+
+        The current block counts with `values[-1]`, or with `values[-1] / sqrt(n^2 + soft_eps^2)`, n being the norm of
+        its product. Start the block first. `settle_magnitudes` ends this state; until then the blocks cannot change.
+
+        Args:
+            values: `(blocks + 1,)`, or `(rows, blocks + 1)` with `row`; blocks of rank 0 have an entry, too. The caller
+                owns, trains and saves it and may give it to several layers; it is no parameter of this one.
+            gain: `(blocks,)`, copied; holds the division by the norm of each block.
+            offset: `(blocks,)`, copied; likewise.
+            row: the row of `values` for this layer.
+            current: `"raw"` or `"normalised"`.
+            norm: for `"normalised"`: `"fro"` or `"factors"`, as in `direction_norm`.
+            soft_eps: see above; 0 is for blocks that are not zero.
+
+        Raises:
+            OptionError: an option is unknown or out of range.
+            ShapeError: a tensor does not fit the past.
+        """
+        blocks = self.past_ranks.shape[0]
+        if tuple(gain.shape) != (blocks,):
+            raise ShapeError(f"expected one gain for each of {blocks} past blocks, got shape {tuple(gain.shape)}")
+        with normal_mode():
+            like = self.past_scale
+            gain, offset = (t.detach().to(like.device, like.dtype, copy=True) for t in (gain, offset))
+        self._magnitudes = Magnitudes(values, gain, offset, row=row, current=current, norm=norm, soft_eps=soft_eps)
+        self.invalidate()
+
+    def coefficients(self) -> Tensor:
+        """Return what each block counts with now, `(blocks + 1,)` float64, detached, the current block last.
+
+        Without magnitudes that is `past_scale`, with 1 for blocks of rank 0 and for the current block.
+
+        Raises:
+            UnsupportedError: the columns of one block have different scales.
+            NumericError: a zero block is normalised with `soft_eps=0`.
+        """
+        if self._magnitudes is not None:
+            return self._magnitudes.exact(self.down, self.up)
+        scales = []
+        for index, block in enumerate(self.blocks()):
+            if block.scale.numel() and bool((block.scale != block.scale[0]).any()):
+                raise UnsupportedError(
+                    f"the columns of past block {index} have different scales, so it has no single coefficient; "
+                    "read blocks()"
+                )
+            scales.append(float(block.scale[0]) if block.scale.numel() else 1.0)
+        return torch.tensor([*scales, 1.0], dtype=torch.float64)
+
+    def settle_magnitudes(self) -> float:
+        """Write the coefficients in force into `past_scale` and remove the magnitudes.
+
+        Returns:
+            The coefficient of the current block, which counts with 1 from now on: `fold_block(scale=...)` with it
+            keeps the function, to rounding in the dtype of the factors.
+
+        Raises:
+            OptionError: no magnitudes are set.
+            NumericError: a zero block is normalised with `soft_eps=0`.
+        """
+        by = self._magnitudes
+        if by is None:
+            raise OptionError("the layer has no magnitudes to settle; call set_magnitudes first")
+        coefficients = self.coefficients()
+        with normal_mode():
+            self.past_scale = coefficients[:-1].to(self.past_scale)[by.columns(self.past_ranks)]
+        self._magnitudes = None
+        self.invalidate()
+        return float(coefficients[-1])
+
+    def _refuse_magnitudes(self, action: str) -> None:
+        if self._magnitudes is not None:
+            raise OptionError(f"{action} would change the blocks under their magnitudes; call settle_magnitudes first")
 
     def effective_weight(self) -> Tensor:
         """Return base, past and current block summed, `(out, in)`, a new tensor in float32 (or float64).
@@ -166,8 +288,13 @@ class LowRankLinear(nn.Module):
             )
         with normal_mode(), full_precision(self.base.weight.device):
             total = self.base.weight.to(torch.promote_types(self.base.weight.dtype, self.up.dtype), copy=True)
-            total.addmm_((self.past_up * self.past_scale).to(total.dtype), self.past_down.to(total.dtype))
-            return total.addmm_(self.up.to(total.dtype), self.down.to(total.dtype))
+            scale: Tensor = self.past_scale
+            up: Tensor = self.up
+            if self._magnitudes is not None:
+                coefficients = self._magnitudes.coefficients(self.down, up)
+                scale, up = coefficients[self._magnitudes.columns(self.past_ranks)], up * coefficients[-1]
+            total.addmm_((self.past_up * scale).to(total.dtype), self.past_down.to(total.dtype))
+            return total.addmm_(up.to(total.dtype), self.down.to(total.dtype))
 
     def start_block(self, rank: int, down: Tensor | None = None, generator: torch.Generator | None = None) -> None:
         """Begin a new current block with `up` zero; the one before is dropped unless `fold_block` kept it.
@@ -179,9 +306,10 @@ class LowRankLinear(nn.Module):
             generator: for that draw.
 
         Raises:
-            OptionError: `rank` is out of range.
+            OptionError: `rank` is out of range, or magnitudes are set.
             ShapeError: `down` has another shape.
         """
+        self._refuse_magnitudes("start_block")
         limit = min(self.in_features, self.out_features)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
             raise OptionError(
@@ -214,8 +342,9 @@ class LowRankLinear(nn.Module):
             scale: finite factor with which the block counts from now on.
 
         Raises:
-            OptionError: `scale` is not finite.
+            OptionError: `scale` is not finite, or magnitudes are set.
         """
+        self._refuse_magnitudes("fold_block")
         if not math.isfinite(scale):
             raise OptionError(f"the scale of a block must be finite, got {scale!r}")
         with normal_mode():
@@ -238,7 +367,9 @@ class LowRankLinear(nn.Module):
 
         Raises:
             ShapeError: the lists differ in length, or a factor has the wrong shape.
+            OptionError: magnitudes are set.
         """
+        self._refuse_magnitudes("load_past")
         factors = [1.0] * len(downs) if scales is None else list(scales)
         if not len(downs) == len(ups) == len(factors):
             raise ShapeError(f"expected as many downs as ups and scales, got {len(downs)}, {len(ups)}, {len(factors)}")
@@ -261,22 +392,25 @@ class LowRankLinear(nn.Module):
         """Return the base with the `requires_grad` it came with; this layer is not to be used any more."""
         for parameter, flag in zip(self.base.parameters(), self._base_flags, strict=True):
             parameter.requires_grad_(flag)
+        self._magnitudes = None
         return self.base
 
     def blocks(self) -> list[Block]:
         """Return the past block by block, oldest first, as copies; blocks of rank 0 are among them."""
+        scales, by = self.past_scale, self._magnitudes
+        if by is not None:
+            scales = by.exact_past().to(scales)[by.columns(self.past_ranks)]
         blocks, start = [], 0
         for rank in self.past_ranks.tolist():
             rows = slice(start, start + rank)
-            blocks.append(
-                Block(self.past_down[rows].clone(), self.past_up[:, rows].clone(), self.past_scale[rows].clone())
-            )
+            blocks.append(Block(self.past_down[rows].clone(), self.past_up[:, rows].clone(), scales[rows].clone()))
             start += rank
         return blocks
 
     def extra_repr(self) -> str:
         """Say sizes and mode where the module is printed."""
-        return f"rank={self.rank}, past={self.past_ranks.tolist()}, {self.resolved_mode}"
+        trained = "" if self._magnitudes is None else ", with magnitudes"
+        return f"rank={self.rank}, past={self.past_ranks.tolist()}, {self.resolved_mode}{trained}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         """Move or convert the layer; the factors do not follow the base to a half-precision dtype."""
@@ -286,6 +420,8 @@ class LowRankLinear(nn.Module):
             moved = getattr(self, name)
             if moved.dtype in _HALF:
                 moved.data = master.to(moved.device)
+        if self._magnitudes is not None:
+            self._magnitudes.apply(fn)
         self.invalidate()
         return self
 

@@ -1,4 +1,8 @@
-"""Autograd functions of an adapted layer: gradients to the current factors by thin products only."""
+"""Autograd functions of an adapted layer whose past is constant: gradients to the current factors by thin products.
+
+Thin products are written with the rank as the leading dimension, `P^T g` rather than `g^T P`: the same numbers, but
+several times faster on a CPU where the rank is small.
+"""
 
 from __future__ import annotations
 
@@ -81,10 +85,10 @@ def _factor_gradients(
     up_gradient = down_gradient = None
     if needs[0] and projection is not None:
         kept = projection.reshape(-1, projection.shape[-1])
-        up_gradient = (flat.T @ _narrow(flat, kept)).to(up.dtype)
+        up_gradient = (_narrow(flat, kept).T @ flat).to(up.dtype).T.contiguous()
     if needs[1] and x is not None:
-        back = flat @ _narrow(flat, up)
-        down_gradient = (back.T @ _narrow(flat, x.reshape(-1, x.shape[-1]))).to(up.dtype)
+        back = _narrow(flat, up).T @ flat.T
+        down_gradient = (back @ _narrow(flat, x.reshape(-1, x.shape[-1]))).to(up.dtype)
     return up_gradient, down_gradient
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everlora.lowrank.magnitudes import Magnitudes
 from everlora.lowrank.precision import full_precision, normal_mode
 from everlora.lowrank.sharing import InputGroup
 
-__all__ = ["Block", "ConcatenatedFactors", "WorkingWeight"]
+__all__ = ["Block", "ConcatenatedFactors", "PastFactors", "WorkingWeight"]
 
 
 class Block(NamedTuple):
@@ -25,8 +26,19 @@ class Block(NamedTuple):
     scale: Tensor
 
 
+class PastFactors(NamedTuple):
+    """The past without its scales.
+
+    `down`: `(total_rank, in)`; `up`: `(out, total_rank)`; `columns`: `(total_rank,)` int64, the block of each column.
+    """
+
+    down: Tensor
+    up: Tensor
+    columns: Tensor
+
+
 class _Stamp:
-    """Recognises whether tensors still hold the values they held when the stamp was made, without reading them.
+    """Recognises whether these are the same tensors, not written since the stamp was made, without reading them.
 
     A write through `tensor.data` leaves no trace; whoever does that calls `LowRankLinear.invalidate`.
     """
@@ -40,6 +52,8 @@ class _Stamp:
 
     def fits(self, *tensors: Tensor) -> bool:
         """Return True when these are the same tensors, not written since."""
+        if len(tensors) != len(self._states):
+            return False
         pairs = zip(self._states, tensors, strict=True)
         return all(ref() is t and (pointer, version) == self._state(t) for (ref, pointer, version), t in pairs)
 
@@ -49,7 +63,8 @@ class WorkingWeight:
 
     The first buffer holds the base and the past in float32 (float64 for a float64 base), the second adds the current
     block and rounds once to the dtype of the base. A step that changes only the current block costs one thin
-    product; the past is folded again only when it changes. `generation` counts the rebuilds.
+    product; the past is folded again only when it changes. With magnitudes every step changes the past, and both are
+    folded at once. `generation` counts the rebuilds.
     """
 
     def __init__(self) -> None:
@@ -83,6 +98,32 @@ class WorkingWeight:
             else:
                 weight.copy_(torch.addmm(folded, up.to(folded.dtype), down.to(folded.dtype)))
         self._past_stamp, self._stamp = _Stamp(base, *past), _Stamp(down, up)
+        self.generation += 1
+        return weight
+
+    def refresh_scaled(self, base: Tensor, past: PastFactors, down: Tensor, up: Tensor, by: Magnitudes) -> Tensor:
+        """Do what `refresh` does, the blocks counting with the coefficients of `by`.
+
+        Cost: `total_rank in out` where something changed, besides `total_rank out` floats that are freed at once.
+        """
+        sources = (base, past.down, past.up, down, up, *by.sources)
+        if self._weight is not None and self._stamp is not None and self._stamp.fits(*sources):
+            return self._weight
+        with normal_mode(), full_precision(base.device):
+            coefficients = by.coefficients(down, up)
+            folded, weight = self._buffers(base, torch.promote_types(base.dtype, up.dtype))
+            target = weight if weight.dtype == folded.dtype else folded
+            wide = base.to(target.dtype)
+            if past.columns.numel():
+                scaled = (past.up * coefficients[past.columns]).to(target.dtype)
+                torch.addmm(wide, scaled, past.down.to(target.dtype), out=target)
+            else:
+                target.copy_(wide)
+            if up.shape[1]:
+                target.addmm_((up * coefficients[-1]).to(target.dtype), down.to(target.dtype))
+            if target is not weight:
+                weight.copy_(target)
+        self._past_stamp, self._stamp = None, _Stamp(*sources)
         self.generation += 1
         return weight
 
