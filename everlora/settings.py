@@ -91,6 +91,9 @@ class Settings:
                 known = [name for names in owners.values() for name in names]
                 raise OptionError(f"there is no option '{key}' for method '{spec.name}'; {nearest(key, known)}")
             parts[owner][key] = value
+        # The method's own defaults enter here only, so that a stored learner keeps those it was made with.
+        defaults = spec.method_class.training_defaults(spec.options(parts["method"]))
+        parts["training"] = {**defaults, **parts["training"]}
         return cls.from_parts(spec, parts)
 
     @classmethod
@@ -143,4 +146,10 @@ def _names(options_type: type) -> tuple[str, ...]:
 
 def _plain(options: Any) -> dict[str, Any]:
     values = dataclasses.asdict(options)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return {key: _as_json(value) for key, value in values.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): item for key, item in value.items()}  # JSON's keys are strings, before and after storing
+    return list(value) if isinstance(value, tuple) else value

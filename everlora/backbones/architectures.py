@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from everlora.errors import TargetError
+from everlora.errors import OptionError, TargetError, nearest
 
-__all__ = ["ARCHITECTURES", "Architecture", "known_targets"]
+__all__ = ["ARCHITECTURES", "ROLES", "Architecture", "known_projections", "known_targets"]
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "clip_text_model": Architecture(_PROJ, "pooler"),
 }
 
-# Names of key and value projections met in the wild, most specific first; fused projections come last.
+ROLES = ("query", "key", "value")
+
+# Names of the three projections met in the wild, most specific first.
+_PROJECTIONS: tuple[tuple[str, str, str], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+)
+# One layer that computes all three.
+_FUSED = ("qkv", "Wqkv", "query_key_value", "in_proj", "c_attn")
 _KNOWN_TARGETS: tuple[tuple[str, ...], ...] = (
-    _PROJ,
-    _WORDS,
-    ("k_lin", "v_lin"),
-    ("key_proj", "value_proj"),
-    ("to_k", "to_v"),
-    ("k", "v"),
-    ("wk", "wv"),
-    ("qkv",),
-    ("Wqkv",),
-    ("query_key_value",),
-    ("in_proj",),
-    ("c_attn",),
+    *((key, value) for _, key, value in _PROJECTIONS),
+    *((name,) for name in _FUSED),
 )
 
 
@@ -93,12 +96,57 @@ def known_targets(linear_names: Iterable[str], preferred: tuple[str, ...] = ()) 
     Raises:
         TargetError: no known pair of names is present; the message names the layers found.
     """
-    present = {name.rsplit(".", 1)[-1] for name in linear_names}
+    present = _last_components(linear_names)
     for candidate in (preferred, *_KNOWN_TARGETS):
         if candidate and present.issuperset(candidate):
             return candidate
-    found = ", ".join(sorted(present)) if present else "no linear layer at all"
     raise TargetError(
         "expected linear layers known as key and value projections, such as k_proj and v_proj, "
-        f"found {found}; name the layers to adapt with targets"
+        f"found {_listed(present)}; name the layers to adapt with targets"
     )
+
+
+def known_projections(
+    linear_names: Iterable[str], roles: Sequence[str], preferred: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Find projections of the attention by their part in it, each a layer of its own.
+
+    Args:
+        linear_names: full names of the linear layers of the network.
+        roles: of `ROLES`, in the order wanted.
+        preferred: the key and value projections of the architecture's table entry; their naming is tried first.
+
+    Returns:
+        Last components of layer names, e.g. `("q_proj", "v_proj")` for query and value.
+
+    Raises:
+        OptionError: an unknown role.
+        TargetError: no known names are present, or one layer computes all projections at once.
+    """
+    for role in roles:
+        if role not in ROLES:
+            raise OptionError(f"there is no attention projection '{role}'; {nearest(role, ROLES)}")
+    present = _last_components(linear_names)
+    for names in sorted(_PROJECTIONS, key=lambda names: names[1:] != preferred):
+        candidate = tuple(names[ROLES.index(role)] for role in roles)
+        if present.issuperset(candidate):
+            return candidate
+    wanted = " and ".join(roles)
+    fused = next((name for name in _FUSED if name in present), None)
+    if fused is not None:
+        raise TargetError(
+            f"expected {wanted} projections as layers of their own, found the fused layer {fused}, whose slices cannot "
+            f"be adapted apart; give targets={fused} to adapt it as a whole"
+        )
+    raise TargetError(
+        f"expected linear layers known as {wanted} projections, found {_listed(present)}; name the layers to adapt "
+        "with targets"
+    )
+
+
+def _last_components(names: Iterable[str]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in names}
+
+
+def _listed(present: set[str]) -> str:
+    return ", ".join(sorted(present)) if present else "no linear layer at all"

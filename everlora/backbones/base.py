@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from everlora.backbones.images import Augment, ImageInputs
 from everlora.backbones.inputs import Encoded, EncodedTexts, Rows
 from everlora.backbones.texts import TextInputs
+from everlora.errors import TargetError
 
 __all__ = ["Backbone", "Modality"]
 
@@ -81,6 +82,17 @@ class Backbone(nn.Module, ABC):
         Raises:
             TargetError: the network has no layers known as keys and values; the message names what it has.
         """
+
+    def attention_targets(self, *roles: str) -> tuple[str, ...]:
+        """Name patterns of the projections of the attention with the given roles: `query`, `key`, `value`.
+
+        Raises:
+            TargetError: the network has no such layers; the message names what it has.
+        """
+        raise TargetError(
+            f"expected an attention with {' and '.join(roles)} projections, found none in {self.architecture}; name "
+            "the layers to adapt with targets"
+        )
 
     @abstractmethod
     def features(self, batch: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from everlora.backbones.architectures import ARCHITECTURES, Architecture, known_targets
+from everlora.backbones.architectures import ARCHITECTURES, Architecture, known_projections, known_targets
 from everlora.backbones.base import Backbone
 from everlora.backbones.images import ImageInputs, ImageTransform
 from everlora.backbones.pooling import pool, pooled_width
@@ -71,10 +71,20 @@ class HuggingFaceBackbone(Backbone):
         Raises:
             TargetError: none of the known names is present.
         """
+        return known_targets(self._linear_names(), self._preferred_targets)
+
+    def attention_targets(self, *roles: str) -> tuple[str, ...]:
+        """Last name components of the projections with the given roles: `query`, `key`, `value`.
+
+        Raises:
+            TargetError: none of the known names is present, or the projections are fused into one layer.
+        """
+        return known_projections(self._linear_names(), roles, self._preferred_targets)
+
+    def _linear_names(self) -> list[str]:
         names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         # An adapted layer keeps its frozen linear layer inside, one name component deeper.
-        names += [name.removesuffix(".base") for name in names if name.endswith(".base")]
-        return known_targets(names, self._preferred_targets)
+        return names + [name.removesuffix(".base") for name in names if name.endswith(".base")]
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute pooled features, `(n, feature_dim)` float32."""

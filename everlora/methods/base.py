@@ -46,6 +46,9 @@ class Encoder(Protocol):
     def default_targets(self) -> tuple[str, ...]:
         """Name patterns of the layers to adapt by default."""
 
+    def attention_targets(self, *roles: str) -> tuple[str, ...]:
+        """Name patterns of the projections of the attention with the given roles: `query`, `key`, `value`."""
+
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Pooled features `(n, feature_dim)` float32."""
 
@@ -133,6 +136,15 @@ class Method(ABC):
     fixed_features: bool = False
     """True when the encoder never changes, so that its features may be computed once and kept."""
 
+    @classmethod
+    def training_defaults(cls, options: Any) -> Mapping[str, Any]:
+        """Training options that the method wants other defaults for; what a user gives stands above them.
+
+        Args:
+            options: the method's options, validated.
+        """
+        return {}
+
     @abstractmethod
     def __init__(self, options: Any, encoder: Encoder, *, seed: int) -> None:
         """Attach what the method needs to `encoder.model`; nothing is trained before `begin_task`."""
@@ -161,7 +173,10 @@ class Method(ABC):
 
     @abstractmethod
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters of the current task by group, `"adapter"` and `"head"`; empty when nothing is."""
+        """Trainable parameters of the current task by group; empty when nothing is.
+
+        Groups: `"adapter"`, `"head"`, and `"magnitudes"` for scalars that are never decayed.
+        """
 
     @abstractmethod
     def state(self) -> State:

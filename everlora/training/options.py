@@ -26,8 +26,9 @@ class TrainingOptions:
         lr: learning rate of the adapters.
         head_lr: learning rate of the heads; None takes `lr`. A head starts from nothing, so it wants a higher rate than
             the branches.
+        alpha_lr_mult: learning rate of trained magnitudes, as a multiple of `lr`.
         momentum: of `sgd`.
-        weight_decay: of the optimiser.
+        weight_decay: of the optimiser; magnitudes are never decayed.
         lr_schedule: per epoch: `cosine99` (official InfLoRA, ends at 1.6 % of `lr`), `cosine` (to 0), `steps` (a tenth
             at each of `milestones`), `constant`.
         milestones: epochs at which `steps` cuts the rate.
@@ -43,6 +44,7 @@ class TrainingOptions:
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     head_lr: Annotated[float, Field(gt=0)] | None = 1e-2
+    alpha_lr_mult: Annotated[float, Field(gt=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     lr_schedule: Literal["cosine99", "cosine", "constant", "steps"] = "cosine99"
@@ -66,11 +68,13 @@ def rate_factor(options: TrainingOptions, epoch: int) -> float:
 
 
 def make_optimizer(options: TrainingOptions, groups: Mapping[str, Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
-    """Make the optimiser of one task; `head` parameters get their own learning rate."""
+    """Make the optimiser of one task; `head` and `magnitudes` have learning rates of their own, magnitudes no decay."""
     head_lr = options.lr if options.head_lr is None else options.head_lr
-    sets: list[dict[str, Any]] = [
-        {"params": list(params), "lr": head_lr if name == "head" else options.lr} for name, params in groups.items()
-    ]
+    special: dict[str, dict[str, float]] = {
+        "head": {"lr": head_lr},
+        "magnitudes": {"lr": options.lr * options.alpha_lr_mult, "weight_decay": 0.0},
+    }
+    sets: list[dict[str, Any]] = [{"params": list(params), **special.get(name, {})} for name, params in groups.items()]
     if options.optimizer == "sgd":
         return torch.optim.SGD(sets, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from everlora.backbones import load_backbone
+from everlora.backbones.architectures import known_projections
 from everlora.backbones.base import Backbone
 from everlora.errors import ModelError, OptionError, TargetError, UnsupportedError
+from everlora.lowrank import attach
 from tests.tiny_models import CONFIGS, IMAGE_KINDS, TEXT_KINDS, save_tiny
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
@@ -169,6 +171,30 @@ def test_unknown_layer_names_are_listed(tmp_path: Path) -> None:
             module.keys_of_mine, module.key = module.key, torch.nn.Identity()
     with pytest.raises(TargetError, match="found dense, keys_of_mine, query, value"):
         _ = backbone.default_targets
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_projections_are_found_by_their_part_in_the_attention(kind: str, tmp_path: Path) -> None:
+    backbone = load_backbone(save_tiny(kind, tmp_path))
+    key, value = backbone.default_targets
+    query = {"k_proj": "q_proj", "key": "query", "k_lin": "q_lin", "k": "q"}[key]
+    assert backbone.attention_targets("query", "value") == (query, value)
+    assert backbone.attention_targets("value", "key", "query") == (value, key, query)
+    attached = attach(backbone.model, backbone.attention_targets("query", "value"), rank=1)
+    assert len(attached) >= 2 and backbone.attention_targets("query") == (query,), "found again once adapted"
+    with pytest.raises(OptionError, match="did you mean 'query'"):
+        backbone.attention_targets("querry")
+
+
+def test_projections_of_decoders_and_fused_ones() -> None:
+    names = [f"layers.0.self_attn.{part}_proj" for part in "qkvo"] + ["layers.0.mlp.up_proj"]
+    assert known_projections(names, ("query", "value")) == ("q_proj", "v_proj")
+    mixed = ["a.q", "a.k", "a.v", "b.query", "b.key", "b.value"]
+    assert known_projections(mixed, ("query",), ("k", "v")) == ("q",)
+    with pytest.raises(TargetError, match=r"found the fused layer Wqkv.*targets=Wqkv"):
+        known_projections(["layers.0.attn.Wqkv", "layers.0.attn.Wo"], ("query", "value"))
+    with pytest.raises(TargetError, match="query and value projections, found dense"):
+        known_projections(["encoder.dense"], ("query", "value"))
 
 
 def test_an_unlisted_architecture_falls_back_to_known_layer_names(tmp_path: Path) -> None:

@@ -26,6 +26,10 @@ ROWS = [
     ("probe", {}),
     ("probe", {"alignment": True, "alignment_epochs": 1}),
     ("ncm", {}),
+    ("sd_lora", {}),
+    ("sd_lora", {"preset": "official"}),
+    ("sd_lora_rr", {"rank_schedule": {0: 3, 1: 2, 2: 1}}),
+    ("sd_lora_kd", {}),
 ]
 IN_TURN = [row for row in ROWS if row[0] != "joint"]
 CASES = [(name, options, kind) for name, options in ROWS for kind in ("vit", "bert")]

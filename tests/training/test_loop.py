@@ -55,6 +55,15 @@ def test_head_and_adapters_have_their_own_rates() -> None:
     assert isinstance(make_optimizer(TrainingOptions(optimizer="adamw"), groups), torch.optim.AdamW)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_magnitudes_have_a_rate_of_their_own_and_no_decay(kind: str) -> None:
+    groups = {name: [torch.nn.Parameter(torch.ones(1))] for name in ("adapter", "magnitudes", "head")}
+    options = TrainingOptions(lr=0.1, head_lr=None, alpha_lr_mult=3.0, optimizer=kind, weight_decay=0.5)
+    made = make_optimizer(options, groups).param_groups
+    assert [group["lr"] for group in made] == [0.1, pytest.approx(0.3), 0.1]
+    assert [group["weight_decay"] for group in made] == [0.5, 0.0, 0.5]
+
+
 def test_an_epoch_sees_every_row_once_in_random_batches(folder: Path) -> None:
     trainer, data, _ = _trainer(folder)
     orders = [trainer._order(data, 0, epoch) for epoch in range(2)]
