@@ -248,18 +248,20 @@ class Learner:
         evaluator = self._evaluator()
         return [self._count(evaluator, index, rows) for index, rows in tasks]
 
-    def export(self, path: str | Path, format: str = "merged") -> ExportReport:
+    def export(self, path: str | Path, format: str = "merged", *, max_rank: int | None = None) -> ExportReport:
         """Hand the model on to plain tools.
 
         Args:
             path: a new folder.
             format: `merged`, an ordinary model of the base's own kind, or `peft`, an adapter for the base.
+            max_rank: of a `peft` adapter; layers of a higher total rank are cut to it, at the least error.
 
         Returns:
-            What was written, and the largest difference of its logits from the learner's on a few inputs.
+            What was written, the largest difference of its logits from the learner's on a few inputs, and the error
+            of each layer that was cut.
 
         Raises:
-            OptionError: unknown format.
+            OptionError: unknown format, or a rank that is not positive or not for this format.
             DataError: nothing was learned yet.
             UnsupportedError: the model or the method cannot be written in this form.
         """
@@ -270,7 +272,12 @@ class Learner:
         rows = self.method.head_rows()
         labels = tuple(self.classes[c] for c in rows.classes)
         head = ExportHead(rows.weight.numpy(), rows.bias.numpy(), labels, normalize=rows.normalize)
-        return writers[format](self.backbone, self.method.layers(), head, path, card=self.card())
+        options: dict[str, Any] = {}
+        if max_rank is not None:
+            if format != "peft":
+                raise OptionError(f"max_rank is for format='peft', found '{format}', which has no rank; leave it out.")
+            options["max_rank"] = max_rank
+        return writers[format](self.backbone, self.method.layers(), head, path, card=self.card(), **options)
 
     def rollback(self, to_task: int) -> tuple[TaskEntry, ...]:
         """Go back to the moment after the first `to_task` tasks; later ones move to `removed/`.

@@ -71,6 +71,12 @@ def export(
         str,
         typer.Option("--format", help="merged: a plain transformers model; peft: an adapter folder for PEFT."),
     ] = "merged",
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-rank", metavar="Q", min=1, help="Cut an adapter for PEFT to this rank; the error is shown."
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -79,12 +85,18 @@ def export(
         from everlora.learner import Learner
 
         learner = Learner.open(folder, model=model)
-        written = learner.export(target, format=layout)
+        limits = {} if max_rank is None else {"max_rank": max_rank}
+        written = learner.export(target, format=layout, **limits)
     if as_json:
         output.emit_json({"format": layout, **output.plain(written)})
         return
     output.line(f"Wrote the {layout} model to {written.folder}; its README.md shows how to load it.")
     output.line(f"Largest difference of its logits from the learner's, on a few inputs: {written.max_difference:.1e}")
+    if max_rank is not None and written.truncation:
+        largest = max(written.truncation.values())
+        output.line(
+            f"Largest relative error of the {len(written.truncation)} layers cut to rank {max_rank}: {largest:.1e}"
+        )
 
 
 def rollback(

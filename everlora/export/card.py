@@ -16,7 +16,13 @@ __all__ = ["write_card"]
 _FACTS = (("Method", "method"), ("Scenario", "scenario"), ("Base model", "base_model"), ("Base sha256", "base_sha256"))
 
 
-def write_card(snippet: Snippet, card: Mapping[str, Any], *, max_difference: float | None) -> str:
+def write_card(
+    snippet: Snippet,
+    card: Mapping[str, Any],
+    *,
+    max_difference: float | None,
+    truncation: Mapping[str, float] | None = None,
+) -> str:
     """Compose the README of an export.
 
     Args:
@@ -24,6 +30,7 @@ def write_card(snippet: Snippet, card: Mapping[str, Any], *, max_difference: flo
         card: what the learner says of itself: `method`, `scenario`, `base_model`, `base_sha256`, and `tasks`, a list
             of mappings with `name` and `labels`; all optional.
         max_difference: largest difference of a logit from the learner's on the probe batch.
+        truncation: relative error of each layer's update whose rank was cut.
 
     Returns:
         Markdown.
@@ -31,6 +38,11 @@ def write_card(snippet: Snippet, card: Mapping[str, Any], *, max_difference: flo
     major = transformers.__version__.split(".")[0]
     parts = [_front_matter(snippet), f"# {card.get('name') or 'A model taught in tasks'}", _summary(snippet)]
     parts += [_facts(snippet, card, major, max_difference)]
+    if truncation:
+        parts += [
+            f"The update of {len(truncation)} layers was cut to a lower rank, with a relative Frobenius error of at "
+            f"most {max(truncation.values()):.3g}: the logits are not exactly the learner's."
+        ]
     parts += ["## How to load it", _requirements(snippet, major), f"```python\n{snippet.code()}\n```"]
     if snippet.classifier is not None:
         parts += ["The same through a pipeline, which turns the logits into probabilities:"]

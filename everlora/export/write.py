@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from everlora.export.classifiers import build_classifier, build_encoder, classif
 from everlora.export.folder import new_folder
 from everlora.export.head import ExportHead
 from everlora.export.snippet import Snippet
-from everlora.lowrank.layer import LowRankLinear
+from everlora.lowrank import Direction, LowRankLinear, compress
 from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_config, to_peft_tensors
 
 __all__ = ["EXPORT_INFO", "ExportReport", "base_location", "export_merged", "export_peft"]
@@ -48,12 +48,14 @@ class ExportReport:
         model_class: class of transformers that loads the weights.
         has_classifier: the class computes the logits itself; else the head lies beside.
         max_difference: largest difference of a logit from the learner's on the probe batch.
+        truncation: relative Frobenius error of each layer's update, where its rank was cut; empty when nothing was.
     """
 
     folder: Path
     model_class: str
     has_classifier: bool
     max_difference: float
+    truncation: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_merged(
@@ -99,18 +101,25 @@ def export_peft(
     *,
     card: Mapping[str, Any],
     probe: Any = None,
+    max_rank: int | None = None,
 ) -> ExportReport:
     """Write the adapters as one PEFT LoRA adapter of the base model, with the classifier beside it.
 
     The factors of all blocks stand side by side, each block's scale taken into its up-projection, so PEFT's own
-    scaling is 1. Arguments and errors are those of `export_merged`; further:
+    scaling is 1. With `max_rank`, layers of a higher total rank are replaced by the nearest update of that rank, with
+    the error reported; such an adapter need not give the learner's logits. The other arguments and errors are those of
+    `export_merged`; further:
 
     Raises:
         UnsupportedError: no layer has a low-rank block.
+        OptionError: `max_rank` is not a positive integer.
     """
     encoder = _checked(backbone, layers, head)
     factors = {name: _all_factors(layer) for name, layer in sorted(layers.items())}
     factors = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
+    truncation: dict[str, float] = {}
+    if max_rank is not None:
+        factors, truncation = _truncated(factors, max_rank)
     model_class = type(encoder.model)
     base = base_location(encoder)
     config = lora_config(
@@ -121,8 +130,8 @@ def export_peft(
     with new_folder(folder) as unfinished, quiet_transformers():
         save_file(to_peft_tensors(factors), unfinished / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _write_json(unfinished / ADAPTER_CONFIG, config)
-        difference = _finish(Snippet(encoder, head, base=base), unfinished, card, probe)
-    return ExportReport(Path(folder), model_class.__name__, False, difference)
+        difference = _finish(Snippet(encoder, head, base=base), unfinished, card, probe, truncation=truncation)
+    return ExportReport(Path(folder), model_class.__name__, False, difference, truncation)
 
 
 def base_location(backbone: Backbone) -> str:
@@ -157,7 +166,29 @@ def _all_factors(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
     return down.float().cpu().contiguous(), up.float().cpu().contiguous()
 
 
-def _finish(snippet: Snippet, folder: Path, card: Mapping[str, Any], probe: Any) -> float:
+def _truncated(
+    factors: Mapping[str, tuple[Tensor, Tensor]], max_rank: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    """Cut pairs `(down, up)` to a rank at the least error; return them and the relative errors of those cut."""
+    cut = dict(factors)
+    errors = {}
+    for name, (down, up) in factors.items():
+        compressed = compress([Direction(down, up)], None, max_rank)  # checks the rank even where nothing is cut
+        if down.shape[0] > max_rank:
+            pair = compressed.direction
+            cut[name] = pair.down.float().contiguous(), pair.up.float().contiguous()
+            errors[name] = compressed.error_rel
+    return cut, errors
+
+
+def _finish(
+    snippet: Snippet,
+    folder: Path,
+    card: Mapping[str, Any],
+    probe: Any,
+    *,
+    truncation: Mapping[str, float] | None = None,
+) -> float:
     """Add processor, head, README and export.json to a folder, and compare what it loads to with the learner."""
     inputs = snippet.backbone.inputs
     if isinstance(inputs, ImageInputs):
@@ -166,8 +197,11 @@ def _finish(snippet: Snippet, folder: Path, card: Mapping[str, Any], probe: Any)
         inputs.tokenizer.save_pretrained(folder)
     if snippet.classifier is None:
         snippet.head.save(folder)
-    difference = _compare(snippet, folder, _default_probe(snippet) if probe is None else probe)
-    (folder / "README.md").write_text(write_card(snippet, card, max_difference=difference), encoding="utf-8")
+    exact = not truncation
+    difference = _compare(snippet, folder, _default_probe(snippet) if probe is None else probe, exact=exact)
+    (folder / "README.md").write_text(
+        write_card(snippet, card, max_difference=difference, truncation=truncation), encoding="utf-8"
+    )
     _write_json(
         folder / EXPORT_INFO,
         {
@@ -176,6 +210,7 @@ def _finish(snippet: Snippet, folder: Path, card: Mapping[str, Any], probe: Any)
             "model_class": snippet.model_class,
             "has_classifier": snippet.classifier is not None,
             "max_logit_difference": difference,
+            "truncation": dict(truncation or {}),
             "everlora": everlora.__version__,
             "transformers": transformers.__version__,
         },
@@ -194,7 +229,7 @@ def _default_probe(snippet: Snippet) -> Any:
     return np.random.default_rng(0).integers(0, 256, (4, size, size, 3), dtype=np.uint8)
 
 
-def _compare(snippet: Snippet, folder: Path, probe: Any) -> float:
+def _compare(snippet: Snippet, folder: Path, probe: Any, *, exact: bool) -> float:
     """Largest difference between the learner's logits and those of the written model, on the same pixels or tokens."""
     backbone = snippet.backbone
     encoded = backbone.encode(probe)
@@ -210,7 +245,7 @@ def _compare(snippet: Snippet, folder: Path, probe: Any) -> float:
             module.training = training
     difference = float((expected - found).abs().max())
     allowed = _TOLERANCE[backbone.dtype] * max(1.0, float(expected.abs().max()))
-    if not difference <= allowed:
+    if exact and not difference <= allowed:
         raise ModelError(
             f"expected the export to give the learner's logits, found a difference of {difference:.3g} where rounding "
             f"explains {allowed:.3g}; please report the architecture {backbone.architecture}"

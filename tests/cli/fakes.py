@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Report:
 
     folder: Path
     max_difference: float
+    truncation: dict[str, float] = field(default_factory=dict)
 
 
 class FakeLearner:
@@ -74,9 +75,9 @@ class FakeLearner:
             raise DataError("missing.csv does not exist; give a file.")
         return Evaluation(0.8, {"january": 0.8}, {"january": Counts(8, 10)})
 
-    def export(self, path: Path, format: str) -> Any:
-        self.calls.append(("export", (path, format)))
-        return Report(path, 2e-7)
+    def export(self, path: Path, format: str, **limits: int) -> Any:
+        self.calls.append(("export", (path, format, *limits.items())))
+        return Report(path, 2e-7, {"layer": 0.125} if limits else {})
 
     def rollback(self, to_task: int) -> tuple[Any, ...]:
         self.calls.append(("rollback", to_task))

@@ -162,8 +162,12 @@ def test_export(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
         "format": "peft",
         "folder": "served",
         "max_difference": 2e-7,
+        "truncation": {},
     }
     assert learner.calls[-1] == ("export", (Path("served"), "peft"))
+    code, out, _ = call("export", "f", "served", "--format", "peft", "--max-rank", "4")
+    assert code == 0 and "Largest relative error of the 1 layers cut to rank 4: 1.2e-01" in out
+    assert learner.calls[-1] == ("export", (Path("served"), "peft", ("max_rank", 4)))
 
 
 def test_rollback(call: Any, call_json: Any, learner: type[FakeLearner], intents: Path) -> None:

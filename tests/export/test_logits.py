@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from everlora.backbones import load_backbone
 from everlora.backbones.base import Backbone
 from everlora.backbones.huggingface import quiet_transformers
+from everlora.errors import OptionError
 from everlora.export import export_merged, export_peft
 from tests.export.builders import (
     CARD,
@@ -88,6 +90,27 @@ def test_peft_readme_gives_the_learners_logits(kind: str, tmp_path: Path, monkey
     assert (report.has_classifier, report.max_difference < 1e-5) == (False, True)
     found = readme_logits(tmp_path / "out", backbone, monkeypatch)
     torch.testing.assert_close(found, learner_logits(backbone, head), rtol=1e-5, atol=1e-5)
+
+
+def test_a_truncated_adapter_states_its_error(tmp_path: Path) -> None:
+    backbone = load_backbone(save_tiny("vit", tmp_path / "base"))
+    layers, head = teach(backbone), make_head(backbone)
+    report = export_peft(backbone, layers, head, tmp_path / "out", card=CARD, max_rank=2)
+    factors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert report.truncation.keys() == layers.keys()
+    for name, layer in layers.items():
+        prefix = f"base_model.model.{name}.lora_"
+        written = factors[f"{prefix}B.weight"] @ factors[f"{prefix}A.weight"]
+        whole = layer.effective_weight().detach() - layer.base.weight
+        assert written.shape == whole.shape and len(factors[f"{prefix}A.weight"]) == 2
+        assert float((written - whole).norm() / whole.norm()) == pytest.approx(report.truncation[name], rel=1e-4)
+    assert max(report.truncation.values()) > 0.01 and report.max_difference > 1e-3
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["truncation"] == report.truncation
+    assert "cut to a lower rank" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    whole = export_peft(backbone, layers, head, tmp_path / "whole", card=CARD, max_rank=5)
+    assert whole.truncation == {} and whole.max_difference < 1e-5
+    with pytest.raises(OptionError, match="rank must be a positive integer"):
+        export_peft(backbone, layers, head, tmp_path / "none", card=CARD, max_rank=0)
 
 
 def test_plain_peft_gives_the_features(tmp_path: Path) -> None:
