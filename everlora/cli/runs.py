@@ -31,6 +31,15 @@ def run(
     workers: Annotated[
         int, typer.Option("--workers", metavar="N", min=1, help="Processes that share the runs, one thread each.")
     ] = 1,
+    path_points: Annotated[
+        int,
+        typer.Option(
+            "--path-points",
+            metavar="N",
+            min=0,
+            help="Measure accuracy also at N weights on the line between neighbouring tasks; 0 for none.",
+        ),
+    ] = 0,
     settings: Settings = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -52,6 +61,7 @@ def run(
             options=options or None,
             progress=progress,
             workers=workers,
+            path_points=path_points,
         )
     if as_json:
         output.emit_json(results)

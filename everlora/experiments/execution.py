@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from everlora.errors import DataError, StoreError
 from everlora.experiments.data import Progress
+from everlora.experiments.paths import has_path, measured_pair
 from everlora.experiments.plan import Plan, Streams, identity, method_row, row_options
 from everlora.experiments.recipe import stream_of
 from everlora.experiments.records import RunRecord
@@ -26,7 +28,8 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
     """Run one row with one seed, from where an earlier run of it stopped.
 
     After each task the test sets of all tasks seen so far are evaluated, and only then; a method that takes the
-    whole stream at once is measured once, at the end.
+    whole stream at once is measured once, at the end. Where the plan asks for paths, accuracy is measured between
+    the weights after a task and after the one before too; a finished run gets those that it still lacks.
 
     Args:
         plan: the plan.
@@ -45,7 +48,8 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
     """
     stream = streams(seed)
     record = _open_record(plan, row, seed, stream, run_folder(out, row, seed))
-    if record.is_complete:
+    pairs = _wanted_pairs(plan, record)
+    if record.is_complete and not pairs:
         return record.values
     stage = f"{record.values['label']}, seed {seed}"
     progress(stage, record.rows_done, len(stream.tasks))
@@ -54,8 +58,17 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
         _learn_whole(learner, record, stream, _prefixed(progress, stage))
         progress(stage, len(stream.tasks), len(stream.tasks))
     else:
-        _learn_in_turn(learner, record, stream, stage, progress)
+        inner = _prefixed(progress, stage)
+        paths = _Paths(learner, record, stream, plan.path_points, pairs, inner)
+        _learn_in_turn(learner, record, stream, stage, progress, after_each=paths.measure)
     return record.values
+
+
+def _wanted_pairs(plan: Plan, record: RunRecord) -> list[int]:
+    """First tasks of the paths that were asked for and are not measured yet."""
+    if not plan.path_points or not has_path(record.values["registered_method"]):
+        return []
+    return [first for first in range(record.values["num_tasks"] - 1) if record.lacks_path(first, plan.path_points)]
 
 
 def _open_record(plan: Plan, row: str, seed: int, stream: Stream, folder: Path) -> RunRecord:
@@ -99,7 +112,38 @@ def _open_learner(plan: Plan, row: str, record: RunRecord) -> Learner:
     )
 
 
-def _learn_in_turn(learner: Learner, record: RunRecord, stream: Stream, stage: str, progress: Progress) -> None:
+@dataclasses.dataclass
+class _Paths:
+    """The paths between weights that a run still has to measure; they are by their first tasks in `pairs`."""
+
+    learner: Learner
+    record: RunRecord
+    stream: Stream
+    points: int
+    pairs: list[int]
+    progress: Progress
+
+    def measure(self) -> None:
+        """Measure every path between tasks that are learned already."""
+        while self.pairs and self.pairs[0] + 1 < len(self.learner.tasks):
+            first = self.pairs.pop(0)
+            tests = [_test_of(task) for task in self.stream.tasks[: first + 2]]
+            entry = measured_pair(self.learner, first, tests, self.points, progress=self.progress)
+            if entry is None:
+                self.pairs.clear()
+                return
+            self.record.keep_path(entry)
+
+
+def _learn_in_turn(
+    learner: Learner,
+    record: RunRecord,
+    stream: Stream,
+    stage: str,
+    progress: Progress,
+    *,
+    after_each: Callable[[], None],
+) -> None:
     ahead = len(learner.tasks) - record.rows_done
     if ahead not in (0, 1):
         raise StoreError(
@@ -112,7 +156,9 @@ def _learn_in_turn(learner: Learner, record: RunRecord, stream: Stream, stage: s
             task = stream.tasks[index]
             learner.learn(task.train, name=task.name, progress=_prefixed(progress, stage))
         _measure(learner, record, stream, index, learned=index)
+        after_each()
         progress(stage, index + 1, len(stream.tasks))
+    after_each()
 
 
 def _learn_whole(learner: Learner, record: RunRecord, stream: Stream, progress: Progress) -> None:

@@ -27,7 +27,7 @@ Given = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the numbers, but for the data itself.
+    """Everything that decides the numbers but the data itself, and how much is measured.
 
     Attributes:
         text: the recipe as written.
@@ -38,6 +38,7 @@ class Plan:
         model: the base model that was found.
         data: data given instead of the recipe's.
         options: options given for every row.
+        path_points: places at which accuracy is measured between two tasks' weights; decides no other number.
     """
 
     text: str
@@ -48,6 +49,7 @@ class Plan:
     model: str
     data: Any = None
     options: Given = field(default_factory=dict)
+    path_points: int = 0
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -76,6 +78,7 @@ class Plan:
             "model": self.model,
             "data": data,
             "options": dict(self.options),
+            "path_points": self.path_points,
         }
 
     @classmethod
@@ -90,6 +93,7 @@ class Plan:
             model=values["model"],
             data=values["data"],
             options=values["options"],
+            path_points=values.get("path_points", 0),
         )
 
 

@@ -70,6 +70,17 @@ class RunRecord:
         values = {"format": FORMAT, "identity": identity, "num_tasks": num_tasks, "rows_done": 0}
         return cls(path, values | dict(header) | empty | {"sizes": [None] * num_tasks, "cost": [], "panels": {}})
 
+    def lacks_path(self, first: int, points: int) -> bool:
+        """Whether accuracy along the path from task `first` to the next was not measured with so many points."""
+        known = self.values.get("paths", [])
+        return not any(entry["first"] == first and entry["points"] == points for entry in known)
+
+    def keep_path(self, entry: Mapping[str, Any]) -> None:
+        """Put in what was measured along one path, in the place of what was known of it, and write the file."""
+        others = [known for known in self.values.get("paths", []) if known["first"] != entry["first"]]
+        self.values["paths"] = sorted([*others, dict(entry)], key=lambda known: int(known["first"]))
+        write_json(self.path, self.values)
+
     @property
     def rows_done(self) -> int:
         """Tasks that are learned and measured."""

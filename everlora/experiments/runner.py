@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,7 +17,8 @@ from everlora import __version__
 from everlora.errors import OptionError, UnsupportedError
 from everlora.experiments.data import Progress
 from everlora.experiments.execution import execute
-from everlora.experiments.plan import Plan, Streams, make_plan
+from everlora.experiments.paths import has_path, path_positions
+from everlora.experiments.plan import Plan, Streams, make_plan, method_row
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.recipe import recipe_text
 from everlora.experiments.records import read_json, write_json
@@ -24,11 +27,25 @@ from everlora.report import write_report
 
 __all__ = ["run"]
 
+logger = logging.getLogger("everlora.experiments")
+
 FORMAT = 1
 _LIBRARIES = ("torch", "transformers", "datasets", "numpy")
 # Rows and seeds may be added to a folder later; these must stay as they are.
 _FIXED = ("text", "setting", "model", "data", "options")
-_COPIED = ("method", "label", "seed", "correct", "task_aware", "task_correct", "sizes", "cost", "panels")
+_COPIED = (
+    "method",
+    "label",
+    "seed",
+    "correct",
+    "task_aware",
+    "task_correct",
+    "sizes",
+    "cost",
+    "panels",
+    "options",
+    "paths",
+)
 
 
 def run(
@@ -43,6 +60,7 @@ def run(
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     workers: int = 1,
+    path_points: int = 0,
 ) -> dict[str, Any]:
     """Run a recipe: every method with every seed, measured after each task.
 
@@ -63,6 +81,9 @@ def run(
         progress: called as `progress(stage, done, total)`.
         workers: processes, of one thread each, that share rows and seeds. The numbers equal those of one process
             with one thread.
+        path_points: measure accuracy on the test rows also at this many weights on the straight line from half a step
+            before each task's model to half a step after the next one's; 0 for none. A folder without them gets them
+            by the same call with this argument, and nothing is learned again.
 
     Returns:
         The content of `results.json`, and `folder`, where it lies.
@@ -77,6 +98,8 @@ def run(
         raise OptionError(f"workers is {workers}; give 1 or more.")
     if workers > 1 and data is not None and not isinstance(data, str | Path):
         raise UnsupportedError("Data in memory cannot be handed to other processes; give a folder, or use one worker.")
+    if path_points:
+        path_positions(path_points)
     text = recipe_text(recipe)
     plan = make_plan(
         text,
@@ -88,6 +111,8 @@ def run(
         data=data,
         options=options,
     )
+    plan = dataclasses.replace(plan, path_points=path_points)
+    _warn_of_missing_paths(plan)
     report = progress or _silent
     streams = Streams(plan, report)
     streams(plan.seeds[0])  # data that is missing or wrong is reported here, before any process starts
@@ -101,6 +126,13 @@ def run(
     write_json(folder / "results.json", results)
     write_report(results, folder / "report.html")
     return results | {"folder": str(folder)}
+
+
+def _warn_of_missing_paths(plan: Plan) -> None:
+    """Name the rows that will have no path although one was asked for."""
+    rows = [row for row in plan.rows if plan.path_points and not has_path(method_row(plan.recipe, row).method)]
+    if rows:
+        logger.warning("no accuracy along paths for %s: the method keeps no earlier weights.", ", ".join(rows))
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -155,7 +187,7 @@ def _results(plan: Plan, folder: Path, source: str, *, threads: int) -> dict[str
         "threads": threads,
         "seeds": seeds,
         "settings": settings | {"options": dict(plan.options)},
-        "runs": [{name: record[name] for name in (*_COPIED, "options")} for record in records],
+        "runs": [{name: record[name] for name in _COPIED if name in record} for record in records],
         "published": [_published(figure) for figure in recipe.published if figure.setting == plan.setting_name],
         "notes": recipe.notes,
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from everlora.errors import DataError
+from everlora.errors import DataError, UnsupportedError
 from everlora.heads import Aligner, HeadRows, TaskHeads
 from everlora.lowrank import LowRankLinear
 
@@ -195,8 +196,36 @@ class Method(ABC):
         return {}
 
     def panels(self) -> dict[str, dict[str, float]]:
-        """Figures worth a curve over tasks: panel -> name -> value after the newest task."""
+        """Figures worth a curve over tasks: panel -> name -> value after the newest task.
+
+        Names are free, of layers for instance. Where every name of a panel says `task 3`, or `tasks 0 to 3`, counted
+        from 0, the figures belong to those tasks, and reports set them against the task after which they were taken.
+        """
         return {}
+
+    def path(self, first: int, second: int, position: float, *, heads: int) -> AbstractContextManager[None]:
+        """Let the weights be those on the straight line through the models after two tasks, inside a `with` block.
+
+        Args:
+            first: task whose model lies at position 0.
+            second: task whose model lies at position 1.
+            position: any number; outside of 0 to 1 the line goes on.
+            heads: only the classes of that many tasks compete; `logits` returns no others.
+
+        Raises:
+            UnsupportedError: the method does not keep what earlier models were.
+            DataError: one of the two models cannot be rebuilt.
+        """
+        raise UnsupportedError(f"{type(self).__name__} cannot go back to the weights between two tasks.")
+
+    def path_start(self, second: int, *, heads: int) -> AbstractContextManager[None] | None:
+        """Let the model be the one that a task began from, where that is not the one evaluated before; else None.
+
+        Args:
+            second: the task.
+            heads: as in `path`.
+        """
+        return None
 
 
 def keyed_generator(*keys: object) -> torch.Generator:

@@ -417,9 +417,25 @@ class DirectionHistory:
                 f"the model after task {task} cannot be rebuilt, because directions it used were merged or absorbed "
                 f"later; from task {self.earliest_exact} on every model can."
             )
-        then = self._after(task).multipliers()
-        values = then.new_zeros(len(self._layers), len(self.sealed.origins))
-        values[:, : then.shape[1]] = then
+        return self._by_layer(self._after(task).multipliers())
+
+    def coefficients_before(self, task: int) -> dict[str, Tensor] | None:
+        """What the blocks counted with when a task after the first began, or None where sealing changes nothing.
+
+        Raises:
+            DataError: as `coefficients_at` for the task before, whose newest block was sealed then.
+        """
+        self.coefficients_at(task - 1)
+        if self.sealed.rules.boundary != "jump":
+            return None
+        sealed = self._after(task - 1)
+        sealed.seal()
+        return self._by_layer(sealed.multipliers())
+
+    def _by_layer(self, multipliers: Tensor) -> dict[str, Tensor]:
+        """Rows `(modules, blocks)` of the oldest blocks by layer, with 0 for the later ones."""
+        values = multipliers.new_zeros(len(self._layers), len(self.sealed.origins))
+        values[:, : multipliers.shape[1]] = multipliers
         return dict(zip(self._layers, values, strict=True))
 
     @contextmanager

@@ -188,8 +188,11 @@ class InfLoRA(Method):
         return self.heads.rows()
 
     def panels(self) -> dict[str, dict[str, float]]:
-        """Directions that old tasks occupy, per input group."""
-        return {"occupied_rank": {group: float(m.occupied_rank) for group, m in self.memories.items()}}
+        """Directions that old tasks occupy, and those left free, per input group."""
+        return {
+            "occupied_rank": {group: float(memory.occupied_rank) for group, memory in self.memories.items()},
+            "free_rank": {group: float(memory.free_rank) for group, memory in self.memories.items()},
+        }
 
     def state(self) -> State:
         """Factors, directions and head of every task (written once); realigned heads and statistics if any."""

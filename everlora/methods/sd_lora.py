@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from everlora.errors import OptionError
+from everlora.errors import OptionError, UnsupportedError
 from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
 from everlora.lowrank import LowRankLinear, attach
 from everlora.methods.base import (
@@ -286,6 +286,35 @@ class SDLoRA(Method):
         """
         with self.past.counting(self.past.coefficients_at(task)):
             yield
+
+    def path(self, first: int, second: int, position: float, *, heads: int) -> AbstractContextManager[None]:
+        """Mix the coefficients of two models, which is exact: their factors are the same."""
+        self._check_heads()
+        one, two = self.past.coefficients_at(first), self.past.coefficients_at(second)
+        mixed = {name: (1 - position) * one[name] + position * two[name] for name in one}
+        return self._with(mixed, heads)
+
+    def path_start(self, second: int, *, heads: int) -> AbstractContextManager[None] | None:
+        """The model after sealing and reset, for a boundary that jumps."""
+        self._check_heads()
+        coefficients = self.past.coefficients_before(second)
+        return None if coefficients is None else self._with(coefficients, heads)
+
+    @contextmanager
+    def _with(self, coefficients: Mapping[str, Tensor], heads: int) -> Iterator[None]:
+        """Let the blocks count with these coefficients, and only the first heads compete."""
+        whole, part = self.heads, TaskHeads(self.heads.feature_dim, self.heads.init)
+        part.heads, part.classes = whole.heads[:heads], whole.classes[:heads]
+        with self.past.counting(coefficients):
+            self.heads = part
+            try:
+                yield
+            finally:
+                self.heads = whole
+
+    def _check_heads(self) -> None:
+        if self.aligner is not None:
+            raise UnsupportedError("alignment rewrites the heads of earlier tasks, so their models are not kept.")
 
     def _add_head(self, task: TaskInfo) -> None:
         generator = keyed_generator(self.seed, task.index, "head")

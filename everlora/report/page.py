@@ -12,15 +12,15 @@ import jinja2
 import numpy as np
 
 from everlora.metrics import mean_and_deviation
-from everlora.report.charts import LineChart, Series, line_chart
+from everlora.report.charts import LineChart, Scale, Series, line_chart
+from everlora.report.panels import HeatRows, panels
+from everlora.report.paths import paths
 from everlora.report.table import UNDEFINED, Group, format_table, grouped_matrices, summarise
 
 __all__ = ["render_report", "write_report"]
 
 TEMPLATE = "page.html.jinja"
 ENOUGH_SEEDS = 3
-HeatRows = list[tuple[str, list[float | None]]]
-HEADINGS = {"occupied_rank": "Occupied dimensions per layer"}
 
 
 def write_report(results: Mapping[str, Any], path: Path) -> None:
@@ -75,7 +75,8 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
         "runs": _run_rows(by_label),
         "matrices": matrices,
         "heat_range": _heat_range(matrices),
-        "panels": [panel for label, group in by_label.items() for panel in _panels(label, group)],
+        "panels": [panel for label, group in by_label.items() for panel in panels(label, group)],
+        "paths": [found for label, group in by_label.items() if (found := paths(label, group)) is not None],
         "tasks": _tasks(stream),
         "published": [_published(entry) for entry in results.get("published") or []],
         "notes": results.get("notes") or "",
@@ -110,10 +111,11 @@ def _facts(results: Mapping[str, Any], num_tasks: int) -> list[tuple[str, str]]:
 
 def _charts(groups: Mapping[str, Group]) -> list[LineChart]:
     accuracy = line_chart(
-        "Accuracy over the tasks seen so far", "accuracy %", _series(groups, "acc_step"), bounds=(0.0, 100.0)
+        "Accuracy over the tasks seen so far", "accuracy %", _series(groups, "acc_step"), scale=Scale()
     )
+    points = Scale(bounds=(-100.0, 100.0))
     forgetting = line_chart(
-        "Forgetting of earlier tasks", "forgetting, points", _series(groups, "forgetting"), bounds=(-100.0, 100.0)
+        "Forgetting of earlier tasks", "forgetting, points", _series(groups, "forgetting"), scale=points
     )
     return [chart for chart in (accuracy, forgetting) if chart is not None]
 
@@ -173,30 +175,6 @@ def _mean_matrix(group: Group) -> HeatRows:
         for pair in zip(sums, counts, strict=True)
     ]
     return [(f"after {i + 1}", row) for i, row in enumerate(rows) if any(cell is not None for cell in row)]
-
-
-def _panels(label: str, group: Group) -> list[dict[str, Any]]:
-    """Per-layer numbers over tasks that a method recorded, averaged over seeds."""
-    panels = []
-    names = list(dict.fromkeys(name for run, _ in group for name in run.get("panels") or {}))
-    for name in names:
-        recorded = [run["panels"][name] for run, _ in group if name in (run.get("panels") or {})]
-        layers = list(dict.fromkeys(layer for panel in recorded for layer in panel))
-        rows = [(layer, _mean_list([panel[layer] for panel in recorded if layer in panel])) for layer in layers]
-        heading = HEADINGS.get(name, name.replace("_", " ").capitalize())
-        width = max((len(cells) for _, cells in rows), default=0)
-        greatest = max((cell for _, cells in rows for cell in cells if cell is not None), default=0.0)
-        padded = [(layer, cells + [None] * (width - len(cells))) for layer, cells in rows]
-        if width:
-            panels.append({"title": f"{heading}: {label}", "rows": padded, "width": width, "greatest": greatest or 1.0})
-    return panels
-
-
-def _mean_list(lists: Sequence[Sequence[float | None]]) -> list[float | None]:
-    length = max(len(numbers) for numbers in lists)
-    columns = [[numbers[i] for numbers in lists if i < len(numbers)] for i in range(length)]
-    measured = [[float(value) for value in column if value is not None] for column in columns]
-    return [sum(values) / len(values) if values else None for values in measured]
 
 
 def _tasks(stream: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -214,7 +214,7 @@ def experiments(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_run(call: Any, call_json: Any, experiments: list[dict[str, Any]]) -> None:
     words = "--methods probe,ncm --seeds 1,2 --data d --model m --setting full --set epochs=1 --out o --workers 2"
-    code, out, err = call("run", "digits", *words.split())
+    code, out, err = call("run", "digits", *words.split(), "--path-points", "9")
     assert (code, err) == (0, "")
     assert experiments == [
         {
@@ -227,6 +227,7 @@ def test_run(call: Any, call_json: Any, experiments: list[dict[str, Any]]) -> No
             "out": Path("o"),
             "options": {"epochs": 1},
             "workers": 2,
+            "path_points": 9,
         }
     ]
     assert "Frozen probe" in out and "75.00" in out

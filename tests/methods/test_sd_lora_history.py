@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from everlora.errors import DataError, StoreError
+from everlora.errors import DataError, StoreError, UnsupportedError
 from everlora.methods.sd_lora import SDLoRA
 from tests.methods.sd_lora_builders import (
     ToyEncoder,
@@ -297,6 +297,37 @@ def test_between_two_models_coefficients_may_be_mixed() -> None:
     with method.past.counting(half):
         middle = weights(method)
     assert distance(middle, {name: (ends[0][name] + ends[1][name]) / 2 for name in middle}) < 1e-12
+
+
+@pytest.mark.parametrize("preset", ["everlora", "official", "libcontinual", "paper"])
+def test_a_path_leads_from_one_model_to_the_next_and_knows_where_training_went_on(preset: str) -> None:
+    method, encoder = make(preset=preset)
+    learn(method, encoder, 0, 1)
+    after_one = weights(method)
+    begin(method, encoder, 2)
+    begun = weights(method)
+    train(method, 2)
+    method.end_task(info(2), collect)
+    after_two, whole = weights(method), method.logits(data(0))
+    for position in (-0.5, 0.0, 0.3, 1.0, 1.5):
+        line = {name: (1 - position) * after_one[name] + position * after_two[name] for name in after_one}
+        with method.path(1, 2, position, heads=2):
+            assert distance(weights(method), line) < 1e-12
+            assert method.logits(data(0)).shape[1] == 4, "two tasks of two classes compete"
+    start = method.path_start(2, heads=3)
+    if preset in ("official", "libcontinual"):
+        assert start is not None and distance(begun, after_one) > 1e-3
+        with start:
+            assert distance(weights(method), begun) < 1e-12
+    else:
+        assert start is None and distance(begun, after_one) < 1e-12
+    assert distance(weights(method), after_two) == 0 and bool((method.logits(data(0)) == whole).all())
+
+
+def test_a_path_needs_heads_that_stayed() -> None:
+    method, _ = make(alignment=True)
+    with pytest.raises(UnsupportedError, match="alignment"), method.path(0, 1, 0.5, heads=2):
+        pass
 
 
 def test_changed_or_missing_factors_are_refused() -> None:

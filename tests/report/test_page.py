@@ -140,7 +140,7 @@ def test_text_of_the_results_cannot_become_markup(results: dict[str, Any]) -> No
 def test_charts_have_words_for_those_who_do_not_see_them(results: dict[str, Any]) -> None:
     page = Page(render_report(results))
     figures = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("role") == "img"]
-    assert len(figures) == 2
+    assert len(figures) == 3
     for attributes in figures:
         assert all(name in page.ids for name in (attributes["aria-labelledby"] or "").split())
     assert len(page.ids) == len(set(page.ids))
@@ -159,7 +159,7 @@ def test_other_shapes_of_run(
     coordinates = [attributes.get("d") or "" for tag, attributes in page.tags if tag == "path"]
     assert not any("nan" in path or "inf" in path for path in coordinates)
     drawn = sum(tag == "svg" and attributes.get("role") == "img" for tag, attributes in page.tags)
-    assert drawn == (1 if num_tasks == 1 else 2)  # one task cannot be forgotten
+    assert drawn == (1 if num_tasks == 1 else 3)  # one task cannot be forgotten, and makes no curve of a panel
     assert ("tendency" in page.text) == (len(seeds) < 3)
 
 
@@ -191,7 +191,7 @@ def test_two_methods_with_one_label_are_told_apart(results: dict[str, Any]) -> N
 
 def test_unmeasured_runs_make_a_page_without_charts(results: dict[str, Any]) -> None:
     for run in results["runs"]:
-        run |= {"correct": [[None] * 3] * 3, "task_aware": None, "task_correct": None}
+        run |= {"correct": [[None] * 3] * 3, "task_aware": None, "task_correct": None, "panels": {}}
     page = Page(render_report(results))
     assert not [tag for tag, attributes in page.tags if tag == "svg" and attributes.get("role") == "img"]
 
