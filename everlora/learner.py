@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from everlora.adapters import adopt_at_start, with_full_path
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
 from everlora.errors import DataError, OptionError, nearest
 from everlora.evaluation import Evaluator
@@ -85,7 +86,7 @@ class Learner:
             ModelError: the model cannot be loaded.
             StoreError: the folder holds a learner already.
         """
-        settings = Settings.of(method, options)
+        settings = with_full_path(Settings.of(method, options))
         scenario = check_scenario(scenario)
         Columns.from_mapping(dict(columns or {}))
         backbone = load_backbone(model, **settings.as_parts()["model"])
@@ -101,6 +102,8 @@ class Learner:
             "options": settings.as_parts(),
             **provenance(),
         }
+        if settings.learner.start_from is not None:
+            header["start_from_sha256"] = adopt_at_start(settings, made, backbone.model)
         with LearnerStore.create(path, header, keep_states=settings.learner.keep_states) as store:
             pass
         return cls(store, model=None, device=device, loaded=(backbone, made))
@@ -312,6 +315,8 @@ class Learner:
         self.settings = Settings.from_parts(method_spec(header["method"]), header["options"])
         self.backbone, self.method = loaded or self._make(header)
         self.method.load_state(join_state(store))
+        if loaded is None and not store.tasks:  # from the first task on, its state holds what was adopted
+            adopt_at_start(self.settings, self.method, self.model, header)
         self.backbone.to(self._device)
         records = [store.read_task(entry.index).record for entry in store.tasks]
         self._labels = [tuple(record["labels"]) for record in records]

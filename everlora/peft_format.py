@@ -12,13 +12,24 @@ from typing import Any, TypeVar
 
 from everlora.errors import StoreError, UnsupportedError
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "from_peft_tensors", "lora_config", "to_peft_tensors"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "from_peft_tensors",
+    "lora_config",
+    "lora_scalings",
+    "to_peft_tensors",
+]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
 _PREFIX = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+# What an adapter must not have beside a product of two factors, and the value that says so.
+_PLAIN = {"use_dora": False, "bias": "none", "lora_bias": False, "layer_replication": None}
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 Array = TypeVar("Array")
 
@@ -63,8 +74,51 @@ def from_peft_tensors(tensors: Mapping[str, Array]) -> dict[str, tuple[Array, Ar
     return {layer: (halves[layer][_DOWN], halves[layer][_UP]) for layer in sorted(halves)}
 
 
+def lora_scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Read from an `adapter_config.json` what PEFT multiplies the product of each layer's factors with.
+
+    Args:
+        config: its content.
+        ranks: layer name to the rank of its factors.
+
+    Returns:
+        Layer name to `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+
+    Raises:
+        UnsupportedError: the adapter does more than add a product of two factors to the base's own weights.
+        StoreError: the content is not that of a LoRA adapter.
+    """
+    kind = config.get("peft_type")
+    odd = [key for key, plain in _PLAIN.items() if config.get(key) not in (plain, None)]
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:
+        odd.append("init_lora_weights")  # other ways to start change the base's weights as well
+    if odd or kind != "LORA":
+        key = odd[0] if kind == "LORA" else "peft_type"
+        raise UnsupportedError(
+            f"expected a plain LoRA adapter, found one with {key}={config.get(key)!r}; convert it to a plain one"
+        )
+    power = 0.5 if config.get("use_rslora") else 1.0
+    return {layer: _alpha_of(layer, config) / rank**power if rank else 0.0 for layer, rank in ranks.items()}
+
+
+def _alpha_of(layer: str, config: Mapping[str, Any]) -> float:
+    """Find `lora_alpha` of a layer; the keys of its pattern are regular expressions for the end of a name."""
+    try:
+        pattern = dict(config.get("alpha_pattern") or {})
+        values = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer))
+        return float(next(values, config["lora_alpha"]))
+    except (re.error, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"expected a number as lora_alpha of layer {layer} in {ADAPTER_CONFIG}, found: {error}; mend the file"
+        ) from error
+
+
 def lora_config(
-    ranks: Mapping[str, int], *, base_model: str | None = None, base_class: tuple[str, str] | None = None
+    ranks: Mapping[str, int],
+    *,
+    base_model: str | None = None,
+    base_class: tuple[str, str] | None = None,
+    transposed: bool = False,
 ) -> dict[str, Any]:
     """Describe factors as the content of PEFT's `adapter_config.json`.
 
@@ -72,6 +126,8 @@ def lora_config(
         ranks: layer name to rank; ranks may differ. Layers of rank 0 are left out, as PEFT has none.
         base_model: hub id or folder of the base model.
         base_class: name and module of the base model's class, for PEFT's `AutoPeftModel`.
+        transposed: the base layers hold their weights as `(in, out)`, which PEFT wants to know; factors are written
+            the same way in either case.
 
     Returns:
         A JSON-ready dict with `lora_alpha = r` throughout, so that PEFT's scaling is 1.
@@ -93,7 +149,7 @@ def lora_config(
         "auto_mapping": auto_mapping,
         "base_model_name_or_path": base_model,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": largest,

@@ -46,10 +46,13 @@ class LearnerOptions:
         keep_validation: rows of each class held out from training and kept, so that every task's accuracy can be
             followed; 0 keeps none.
         keep_states: `newest` keeps what the last two tasks carried on, `all` everything (deeper `rollback`).
+        start_from: folder of a PEFT LoRA adapter of the same base model to go on from; it is needed until the first
+            task is learned.
     """
 
     keep_validation: Annotated[int, Field(ge=0)] = 0
     keep_states: Literal["newest", "all"] = "newest"
+    start_from: str | None = None
 
 
 @dataclass(frozen=True)

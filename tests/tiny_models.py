@@ -34,6 +34,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "albert": ("AlbertConfig", {**_WIDE, **_TEXT, **_NO_SPECIAL, "embedding_size": 16}),
     "mpnet": ("MPNetConfig", {**_WIDE, **_TEXT, **_NO_SPECIAL, "pad_token_id": 0}),
+    "gpt2": ("GPT2Config", {**_SIZES, **_TEXT, **_NO_SPECIAL, "pad_token_id": 0, "n_inner": 32}),
     "t5": (
         "T5Config",
         {"vocab_size": len(_WORDS), "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 32, "d_kv": 8},

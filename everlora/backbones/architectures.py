@@ -15,7 +15,8 @@ class Architecture:
     """Facts about one Hugging Face `model_type`.
 
     Attributes:
-        targets: last components of the names of its key and value projections.
+        targets: last components of the names of its key and value projections; slices of a fused layer are called
+            key and value.
         pooling: the pooling used unless another is asked for.
         loader: class of transformers that loads the encoder.
         num_prefix: leading tokens of an image that are no patches, register tokens not counted.
@@ -57,7 +58,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "distilbert": Architecture(("k_lin", "v_lin"), "mean"),
     "mpnet": Architecture(("k", "v"), "mean", offset_positions=True),
     "deberta-v2": Architecture(("key_proj", "value_proj"), "mean"),
-    "modernbert": Architecture(("Wqkv",), "mean"),
+    "modernbert": Architecture(_WORDS, "mean"),
+    "gpt2": Architecture(_WORDS, "mean"),
     "t5": Architecture(("k", "v"), "mean", loader="T5EncoderModel"),
     "mt5": Architecture(("k", "v"), "mean", loader="MT5EncoderModel"),
     "clip_text_model": Architecture(_PROJ, "pooler"),
@@ -75,7 +77,8 @@ _PROJECTIONS: tuple[tuple[str, str, str], ...] = (
     ("q", "k", "v"),
     ("wq", "wk", "wv"),
 )
-# One layer that computes all three.
+# One layer that computes all three, for those models where its slices are not known to lie side by side; the names
+# of slices that do are among the projections above.
 _FUSED = ("qkv", "Wqkv", "query_key_value", "in_proj", "c_attn")
 _KNOWN_TARGETS: tuple[tuple[str, ...], ...] = (
     *((key, value) for _, key, value in _PROJECTIONS),
@@ -121,7 +124,7 @@ def known_projections(
 
     Raises:
         OptionError: an unknown role.
-        TargetError: no known names are present, or one layer computes all projections at once.
+        TargetError: no known names are present, or one layer computes all projections and cannot be taken apart.
     """
     for role in roles:
         if role not in ROLES:
@@ -135,8 +138,8 @@ def known_projections(
     fused = next((name for name in _FUSED if name in present), None)
     if fused is not None:
         raise TargetError(
-            f"expected {wanted} projections as layers of their own, found the fused layer {fused}, whose slices cannot "
-            f"be adapted apart; give targets={fused} to adapt it as a whole"
+            f"expected {wanted} projections as layers of their own, found the fused layer {fused}, which cannot be "
+            f"taken apart; give targets={fused} to adapt it as a whole"
         )
     raise TargetError(
         f"expected linear layers known as {wanted} projections, found {_listed(present)}; name the layers to adapt "

@@ -23,6 +23,7 @@ from everlora.backbones.images import ImageInputs, ImageTransform
 from everlora.backbones.pooling import pool, pooled_width
 from everlora.backbones.texts import TextInputs
 from everlora.errors import ModelError, OptionError
+from everlora.lowrank import slice_names
 
 __all__ = ["HuggingFaceBackbone", "accepts", "load_huggingface", "quiet_transformers"]
 
@@ -77,14 +78,16 @@ class HuggingFaceBackbone(Backbone):
         """Last name components of the projections with the given roles: `query`, `key`, `value`.
 
         Raises:
-            TargetError: none of the known names is present, or the projections are fused into one layer.
+            TargetError: none of the known names is present, or the projections are fused into one layer that
+                cannot be taken apart.
         """
         return known_projections(self._linear_names(), roles, self._preferred_targets)
 
     def _linear_names(self) -> list[str]:
         names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         # An adapted layer keeps its frozen linear layer inside, one name component deeper.
-        return names + [name.removesuffix(".base") for name in names if name.endswith(".base")]
+        adapted = [name.removesuffix(".base") for name in names if name.endswith(".base")]
+        return [*names, *adapted, *slice_names(self.model)]
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute pooled features, `(n, feature_dim)` float32."""

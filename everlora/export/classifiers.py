@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from everlora.backbones.huggingface import HuggingFaceBackbone, accepts
 from everlora.export.head import ExportHead
-from everlora.lowrank.layer import LowRankLinear
+from everlora.lowrank import FusedProjection, LowRankLinear
 
 __all__ = ["build_classifier", "build_encoder", "classifier_for", "merged_state", "takes_pooler"]
 
@@ -57,17 +57,19 @@ def classifier_for(backbone: HuggingFaceBackbone, head: ExportHead) -> str | Non
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """State of the plain network: each adapted layer becomes one weight, in the dtype of its base.
 
-    The sum of base, past and current block is formed in float32 and rounded once. `model` is not changed.
+    The sum of base, past and current block is formed in float32 and rounded once. Fused projections that were taken
+    apart are whole again. `model` is not changed.
     """
     state: dict[str, Tensor] = dict(model.state_dict())
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, LowRankLinear):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    fused = {name for name, module in modules.items() if isinstance(module, FusedProjection)}
+    for name, module in modules.items():
+        if not isinstance(module, LowRankLinear | FusedProjection) or name.rpartition(".")[0] in fused:
             continue
         state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-        base = module.base
-        state[f"{name}.weight"] = module.effective_weight().to(base.weight.dtype)
-        if base.bias is not None:
-            state[f"{name}.bias"] = base.bias.detach()
+        state[f"{name}.weight"] = module.effective_weight().to(module.weight.dtype)
+        if module.bias is not None:
+            state[f"{name}.bias"] = module.bias.detach()
     return {key: value.detach().cpu() for key, value in state.items()}
 
 

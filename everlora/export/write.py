@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import everlora
 from everlora.backbones.base import Backbone
@@ -26,7 +26,7 @@ from everlora.export.classifiers import build_classifier, build_encoder, classif
 from everlora.export.folder import new_folder
 from everlora.export.head import ExportHead
 from everlora.export.snippet import Snippet
-from everlora.lowrank import Direction, LowRankLinear, compress
+from everlora.lowrank import Direction, FusedProjection, LowRankLinear, compress, join_factors
 from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_config, to_peft_tensors
 
 __all__ = ["EXPORT_INFO", "ExportReport", "base_location", "export_merged", "export_peft"]
@@ -116,6 +116,7 @@ def export_peft(
     """
     encoder = _checked(backbone, layers, head)
     factors = {name: _all_factors(layer) for name, layer in sorted(layers.items())}
+    factors = join_factors(encoder.model, factors)  # PEFT adapts the base's own layers
     factors = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
     truncation: dict[str, float] = {}
     if max_rank is not None:
@@ -126,6 +127,7 @@ def export_peft(
         {name: down.shape[0] for name, (down, _) in factors.items()},
         base_model=base,
         base_class=(model_class.__name__, model_class.__module__),
+        transposed=_any_transposed(encoder.model, factors),
     )
     with new_folder(folder) as unfinished, quiet_transformers():
         save_file(to_peft_tensors(factors), unfinished / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -164,6 +166,11 @@ def _all_factors(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
     down = torch.cat([layer.past_down, layer.down]).detach()
     up = torch.cat([layer.past_up * layer.past_scale, layer.up], dim=1).detach()
     return down.float().cpu().contiguous(), up.float().cpu().contiguous()
+
+
+def _any_transposed(model: nn.Module, names: Iterable[str]) -> bool:
+    wholes = [model.get_submodule(name) for name in names]
+    return any(isinstance(whole, FusedProjection) and whole.is_transposed for whole in wholes)
 
 
 def _truncated(

@@ -9,6 +9,7 @@ from everlora.lowrank.attach import attach, detach, input_groups, share_down
 from everlora.lowrank.compression import DirectionSum, allocate_ranks, compress, plan_merge
 from everlora.lowrank.directions import DirectionFit, cosines, fit_direction, gram
 from everlora.lowrank.factors import Direction, direction_norm, kappa
+from everlora.lowrank.fused import FusedProjection, join_factors, slice_names, split_factors
 from everlora.lowrank.layer import LowRankLinear
 from everlora.lowrank.memory import GradientMemory
 from everlora.lowrank.moments import SecondMoment, record_moments, unfold_patches
@@ -22,6 +23,7 @@ __all__ = [
     "Direction",
     "DirectionFit",
     "DirectionSum",
+    "FusedProjection",
     "GeometricThreshold",
     "GradientMemory",
     "InputGroup",
@@ -37,9 +39,12 @@ __all__ = [
     "fit_direction",
     "gram",
     "input_groups",
+    "join_factors",
     "kappa",
     "plan_merge",
     "record_moments",
     "share_down",
+    "slice_names",
+    "split_factors",
     "unfold_patches",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from everlora.errors import OptionError, TargetError, nearest
+from everlora.lowrank.fused import SLICES, FusedProjection, split_candidates
 from everlora.lowrank.layer import FORWARD_MODES, LowRankLinear
 from everlora.lowrank.sharing import InputGroup
 
@@ -39,7 +40,8 @@ def attach(
     Args:
         model: changed in place.
         targets: names that end a layer's qualified name at a dot ("k_proj", "attention.k_proj"), or regular
-            expressions for the whole name, known by a special sign or by the start "re:".
+            expressions for the whole name, known by a special sign or by the start "re:". What matches no layer may
+            name slices of fused projections, such as "qkv.query"; their layer is taken apart, and frozen as a whole.
         rank: of the first block of every layer, 0 for none.
         forward_mode: as in `LowRankLinear`.
         train_down: as in `LowRankLinear`.
@@ -59,8 +61,18 @@ def attach(
     if forward_mode not in FORWARD_MODES:
         raise OptionError(f"forward_mode={forward_mode!r} is not known; {nearest(forward_mode, FORWARD_MODES)}")
     modules = dict(_named_candidates(model))
-    chosen = sorted({name for pattern in patterns for name in _matches(pattern, modules)})
-    bases = {name: _checked(name, modules[name], rank) for name in chosen}
+    fused = split_candidates(modules)
+    slices = {f"{name}.{part}": child for name, whole in fused.items() for part, child in whole.named_children()}
+    for name, whole in list(modules.items()):
+        if isinstance(whole, FusedProjection):  # taken apart before
+            slices |= {child: modules.pop(child) for child in (f"{name}.{part}" for part in SLICES)}
+    chosen = sorted({name for pattern in patterns for name in _matches(pattern, modules, slices)})
+    bases = {name: _checked(name, {**slices, **modules}[name], rank) for name in chosen}
+    apart = {name.rpartition(".")[0] for name in chosen if name in slices}
+    for name in sorted(apart & set(chosen)):
+        raise TargetError(f"layer '{name}' is a target as a whole and in slices; name it or its slices")
+    for name in apart & set(fused):
+        _replace(model, name, fused[name])
     adapted: dict[int, LowRankLinear] = {}
     result: dict[str, LowRankLinear] = {}
     for name, base in bases.items():
@@ -73,10 +85,17 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Put the base layers back, with the `requires_grad` they had; all branches are dropped."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    """Put the base layers back, with the `requires_grad` they had; all branches are dropped.
+
+    Fused projections that `attach` took apart are whole again.
+    """
+    modules = list(model.named_modules(remove_duplicate=False))
+    for name, module in modules:
         if isinstance(module, LowRankLinear):
             _replace(model, name, module.release())
+    for name, module in modules:
+        if isinstance(module, FusedProjection):
+            _replace(model, name, module.original)
 
 
 def input_groups(
@@ -160,8 +179,16 @@ def _named_candidates(model: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield from _named_candidates(child, f"{prefix}{name}.")
 
 
-def _matches(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the names a target selects; an expression passes over containers, a name does not."""
+def _matches(pattern: str, modules: Mapping[str, nn.Module], slices: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names a target selects: layers, or where there are none, slices of fused layers."""
+    found = _selected(pattern, modules) or _selected(pattern, slices)
+    if not found:
+        raise TargetError(f"target '{pattern}' matches no layer; {_nearest_names(pattern, {**modules, **slices})}")
+    return found
+
+
+def _selected(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """An expression passes over containers, a name does not."""
     if not pattern or pattern == "re:":
         raise OptionError("a target is empty; name a layer, for example 'k_proj'")
     if pattern.startswith("re:") or _PATTERN_SIGNS & set(pattern):
@@ -169,12 +196,8 @@ def _matches(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
             expression = re.compile(pattern.removeprefix("re:"))
         except re.error as error:
             raise OptionError(f"target '{pattern}' is not a valid regular expression: {error}") from error
-        found = [name for name, module in modules.items() if expression.fullmatch(name) and _is_leaf(module)]
-    else:
-        found = [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
-    if not found:
-        raise TargetError(f"target '{pattern}' matches no layer; {_nearest_names(pattern, modules)}")
-    return found
+        return [name for name, module in modules.items() if expression.fullmatch(name) and _is_leaf(module)]
+    return [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -204,7 +227,10 @@ def _checked(name: str, module: nn.Module, rank: int) -> nn.Linear:
     kind = _kind_of(module)
     if kind is None or not isinstance(module, kind):
         known = ", ".join(sorted(known.__name__ for known in _KINDS))
-        raise TargetError(f"layer '{name}' is a {type(module).__name__}, which cannot be adapted; supported: {known}")
+        slices = f", and slices such as '{name}.query'" if split_candidates({name: module}) else ""
+        raise TargetError(
+            f"layer '{name}' is a {type(module).__name__}, which cannot be adapted; supported: {known}{slices}"
+        )
     limit = min(module.in_features, module.out_features)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
         raise OptionError(

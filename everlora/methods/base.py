@@ -150,6 +150,19 @@ class Method(ABC):
     def __init__(self, options: Any, encoder: Encoder, *, seed: int) -> None:
         """Attach what the method needs to `encoder.model`; nothing is trained before `begin_task`."""
 
+    def adopt(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Start from the LoRA of another model, on a newly made method; kept with the state from the first task on.
+
+        Args:
+            factors: layer name to `(down, up)`, `(rank, in)` and `(out, rank)`, scaling included.
+
+        Raises:
+            UnsupportedError: the method has no use for it.
+            TargetError: a layer that the method does not adapt.
+            ShapeError: factors that do not fit their layer.
+        """
+        raise UnsupportedError(f"{type(self).__name__} cannot start from an adapter; leave start_from out.")
+
     @abstractmethod
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Prepare the parameters of a new task; may pass over its training rows."""

@@ -11,13 +11,12 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from everlora.errors import DataError, StoreError
+from everlora.errors import DataError, OptionError, ShapeError, StoreError
 from everlora.lowrank import (
     Block,
     Direction,
@@ -29,49 +28,16 @@ from everlora.lowrank import (
     plan_merge,
 )
 from everlora.methods.base import State, task_key
-from everlora.methods.sealing import BoundaryRules, Origin, SealedBlocks
+from everlora.methods.sealing import ADOPTED, AbsorptionRules, BoundaryRules, MergeRules, Origin, SealedBlocks
 
-__all__ = ["AbsorptionRules", "DirectionHistory", "MergeRules", "block_name"]
+__all__ = ["DirectionHistory"]
 
 logger = logging.getLogger("everlora.methods")
 
 _NORM_FLOOR = 1e-12  # times the norm of the base weight: a direction up to there is empty
 _NORM_TOLERANCE = 1e-5  # relative; norms of stored factors are computed again on loading
 _RARELY = 0.5  # residual above which absorption is out of reach
-_RECORDS = ("magnitudes/", "absorption/", "merge/")
-
-
-@dataclass(frozen=True)
-class AbsorptionRules:
-    """When a new direction is replaced by old ones (section 6 of the method page of SD-LoRA).
-
-    Attributes:
-        criterion: what is compared, the relative residual (`rho`) or the squared residual of the normalised direction.
-        tau: absorbed below.
-        late: absorb at the next task's start, with the coefficient that the direction would get there; else at once,
-            as it counts now.
-    """
-
-    criterion: Literal["rho", "abs_sq"]
-    tau: float
-    late: bool
-
-
-@dataclass(frozen=True)
-class MergeRules:
-    """How old directions are merged to bound the total rank of a layer (section 7 of the method page of SD-LoRA).
-
-    Attributes:
-        max_rank: the bound.
-        keep_last: how many of the newest are left alone.
-        max_error: relative error of a merge beyond which the bound is exceeded instead.
-        allocation: `uniform` or `energy`, as `allocate_ranks` takes it.
-    """
-
-    max_rank: int
-    keep_last: int
-    max_error: float
-    allocation: Literal["uniform", "energy"]
+_RECORDS = ("magnitudes/", "absorption/", "merge/", "adoption/")
 
 
 class DirectionHistory:
@@ -110,13 +76,39 @@ class DirectionHistory:
     def begin(self, task: int, rank: int) -> None:
         """Seal the newest block, and merge the oldest ones if a block of `rank` would exceed the bound."""
         self._training = True
-        if self.sealed.origins:
+        if self.num_tasks:
             self._absorb_late()
             self.sealed.seal()
-            if self.merging is not None:
-                plan = plan_merge(self._block_ranks(), rank, self.merging.max_rank, keep_last=self.merging.keep_last)
-                if plan is not None:
-                    self._merge(task, plan.num_blocks, plan.rank)
+        if self.sealed.origins and self.merging is not None:
+            plan = plan_merge(self._block_ranks(), rank, self.merging.max_rank, keep_last=self.merging.keep_last)
+            if plan is not None:
+                self._merge(task, plan.num_blocks, plan.rank)
+
+    def adopt(self, pairs: Mapping[str, Direction]) -> None:
+        """Take factors from elsewhere as a sealed block before the first task, counting as they are.
+
+        Args:
+            pairs: layer name to factors; layers without any get an empty block.
+
+        Raises:
+            OptionError: a task was learned, or factors were taken before.
+            ShapeError: factors that do not fit their layer.
+        """
+        if self.num_tasks or self.sealed.origins:
+            raise OptionError("an adapter can be taken over only once, before the first task; make a new learner.")
+        sizes = []
+        for module, (name, layer) in enumerate(self._layers.items()):
+            pair = Direction(*(factor.to(layer.past_scale) for factor in pairs.get(name, _empty(layer))))
+            try:
+                layer.load_past([pair.down], [pair.up])
+            except ShapeError as error:
+                raise ShapeError(f"layer '{name}': {error}") from error
+            sizes.append(self._size(module, pair))
+        norms, lengths = _columns(sizes)
+        self.sealed.adopt(norms, lengths)
+        self._record(0, "adoption", {"norms": norms, "lengths": lengths})
+        self._drop_dead()
+        self._write_scales()
 
     def attach_magnitudes(self, *, current: Literal["raw", "normalised"], soft_eps: float) -> nn.Parameter:
         """Make one parameter of all magnitudes, the new one last, and let every layer compute with it.
@@ -363,6 +355,8 @@ class DirectionHistory:
 
     def _replay(self, task: int) -> None:
         """Repeat what a task did to the list of blocks."""
+        if task_key(task, "adoption/norms") in self._records:
+            self.sealed.adopt(**self._read(task, "adoption", "norms", "lengths"))
         for module in self._waiting(task - 1) if task else ():
             self.sealed.drop(module)
         count = self._records.get(task_key(task, "merge/count"))
@@ -456,17 +450,13 @@ class DirectionHistory:
                 self._layers[name].past_scale.copy_(scale)
 
 
-def block_name(origin: Origin) -> str:
-    """Name of a block in figures: the task or tasks that it stands for."""
-    first, last = origin.tasks[0], origin.tasks[-1]
-    return f"task {first}" if first == last else f"tasks {first} to {last}"
-
-
 def _is_record(key: str) -> bool:
     return key.startswith("tasks/") and key.split("/", 2)[2].startswith(_RECORDS)
 
 
 def _factor_key(origin: Origin, layer: str) -> str:
+    if origin == Origin((ADOPTED,)):
+        return task_key(0, f"adopted/{layer}/")
     if origin.merged_at is None:
         return task_key(origin.tasks[0], f"adapter/{layer}/")
     return task_key(origin.merged_at, f"merged/{layer}/")

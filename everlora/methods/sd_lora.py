@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from everlora.errors import OptionError, UnsupportedError
+from everlora.errors import OptionError, TargetError, UnsupportedError
 from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
-from everlora.lowrank import LowRankLinear, attach
+from everlora.lowrank import Direction, LowRankLinear, attach
 from everlora.methods.base import (
     Batch,
     Collect,
@@ -37,9 +37,9 @@ from everlora.methods.base import (
     keyed_generator,
     load_heads,
 )
-from everlora.methods.direction_history import AbsorptionRules, DirectionHistory, MergeRules, block_name
+from everlora.methods.direction_history import DirectionHistory
 from everlora.methods.registry import register
-from everlora.methods.sealing import BoundaryRules
+from everlora.methods.sealing import AbsorptionRules, BoundaryRules, MergeRules, block_name
 
 __all__ = ["SDLoRA", "SDLoRAOptions"]
 
@@ -200,6 +200,17 @@ class SDLoRA(Method):
         optimizer = "adam" if options.preset == "paper" else "sgd"
         common = {"optimizer": optimizer, "lr": 8e-3, "head_lr": None, "momentum": 0.9, "lr_schedule": "constant"}
         return common if options.preset == "everlora" else {**common, "epochs": 20, "batch_size": 128}
+
+    def adopt(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Take a plain LoRA as a sealed direction before the first task; its magnitude is trained with the others."""
+        absent = sorted(factors.keys() - self._layers.keys())
+        if absent:
+            mine = sorted({name.rsplit(".", 1)[-1] for name in self._layers})
+            raise TargetError(
+                f"expected an adapter of the layers {', '.join(mine)}, found one that changes {absent[0]}; name all of "
+                "its layers with targets."
+            )
+        self.past.adopt({name: Direction(*pair) for name, pair in factors.items()})
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Seal the newest direction, keep the rank cap, and start the next block with all magnitudes trainable."""

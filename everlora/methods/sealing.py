@@ -15,8 +15,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BoundaryRules", "Origin", "SealedBlocks"]
+__all__ = ["ADOPTED", "AbsorptionRules", "BoundaryRules", "MergeRules", "Origin", "SealedBlocks", "block_name"]
 
+ADOPTED = -1  # in the place of a task
 _TOO_SMALL = 1e-3  # a magnitude under which `offset=mul` would divide by almost nothing
 
 
@@ -39,8 +40,44 @@ class BoundaryRules:
     offset: Literal["add", "mul"] = "add"
 
 
+@dataclass(frozen=True)
+class AbsorptionRules:
+    """When a new direction is replaced by old ones (section 6 of the method page of SD-LoRA).
+
+    Attributes:
+        criterion: what is compared, the relative residual (`rho`) or the squared residual of the normalised direction.
+        tau: absorbed below.
+        late: absorb at the next task's start, with the coefficient that the direction would get there; else at once,
+            as it counts now.
+    """
+
+    criterion: Literal["rho", "abs_sq"]
+    tau: float
+    late: bool
+
+
+@dataclass(frozen=True)
+class MergeRules:
+    """How old directions are merged to bound the total rank of a layer (section 7 of the method page of SD-LoRA).
+
+    Attributes:
+        max_rank: the bound.
+        keep_last: how many of the newest are left alone.
+        max_error: relative error of a merge beyond which the bound is exceeded instead.
+        allocation: `uniform` or `energy`, as `allocate_ranks` takes it.
+    """
+
+    max_rank: int
+    keep_last: int
+    max_error: float
+    allocation: Literal["uniform", "energy"]
+
+
 class Origin(NamedTuple):
-    """Where a block comes from: the tasks it stands for, and the task that merged them, if any did."""
+    """Where a block comes from: the tasks it stands for, and the task that merged them, if any did.
+
+    `ADOPTED` stands for what was there before the first task.
+    """
 
     tasks: tuple[int, ...]
     merged_at: int | None = None
@@ -143,6 +180,20 @@ class SealedBlocks:
         """
         tasks = tuple(index for origin in self.origins[:count] for index in origin.tasks)
         self.origins = [Origin(tasks, task), *self.origins[count:]]
+        self._put_first(norms, lengths, count)
+
+    def adopt(self, norms: Tensor, lengths: Tensor) -> None:
+        """Begin with a sealed block that counts as it is.
+
+        Args:
+            norms: `(modules,)` of the product of its factors, 0 where there are none.
+            lengths: `(modules,)` Frobenius norms, 0 likewise.
+        """
+        self.origins = [Origin((ADOPTED,))]
+        self._put_first(norms, lengths, 0)
+
+    def _put_first(self, norms: Tensor, lengths: Tensor, count: int) -> None:
+        """Put a sealed block that counts with its own norm in the place of the oldest ones."""
         self.norms, self.lengths = _first(norms, self.norms, count), _first(lengths, self.lengths, count)
         start = self.rules.alpha_init
         self.alpha = _first(torch.full((len(self.alpha),), start, dtype=torch.float64), self.alpha, count)
@@ -160,6 +211,14 @@ class SealedBlocks:
         gains = live & (newest.abs() >= _TOO_SMALL) if self.rules.offset == "mul" else torch.zeros_like(live)
         self.gamma[:, -1] = torch.where(gains, weight / newest, 1.0)
         self.delta[:, -1] = torch.where(live & ~gains, weight - newest, 0.0)
+
+
+def block_name(origin: Origin) -> str:
+    """Name of a block in figures: the task or tasks that it stands for."""
+    first, last = origin.tasks[0], origin.tasks[-1]
+    if first == ADOPTED:
+        return "adapter" if last == ADOPTED else f"adapter to task {last}"
+    return f"task {first}" if first == last else f"tasks {first} to {last}"
 
 
 def _none(rows: int) -> Tensor:

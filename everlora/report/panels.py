@@ -126,8 +126,8 @@ def _spec(numbers: Sequence[float]) -> str:
     """Whole numbers as such; others with three digits of the largest, as a power of ten where they are tiny."""
     if all(number == round(number) for number in numbers):
         return ".0f"
-    digits = 2 - math.floor(math.log10(max(map(abs, numbers))))
-    return f".{max(digits, 0)}f" if digits <= 5 else ".1e"
+    decimals = 2 - math.floor(math.log10(max(map(abs, numbers))))
+    return f".{max(decimals, 0)}f" if decimals <= 5 else ".1e"
 
 
 def _tasks(names: Mapping[str, object]) -> dict[str, _Task] | None:

@@ -36,7 +36,7 @@ def test_an_architecture_loads_frozen_with_its_keys_and_values(kind: str, tmp_pa
     backbone = load_backbone(save_tiny(kind, tmp_path))
     assert backbone.architecture == kind
     assert backbone.modality == ("image" if kind in IMAGE_KINDS else "text")
-    words = kind in ("bert", "roberta", "albert")
+    words = kind in ("bert", "roberta", "albert", "gpt2")
     assert backbone.default_targets == TARGETS.get(kind, ("key", "value") if words else ("k_proj", "v_proj"))
     assert not backbone.training and not any(module.training for module in backbone.modules())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())

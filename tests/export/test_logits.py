@@ -61,6 +61,7 @@ BESIDE = [
     ("distilbert", "cls"),
     ("mpnet", "auto"),
     ("t5", "auto"),
+    ("gpt2", "auto"),
 ]
 
 
@@ -82,7 +83,7 @@ def test_merged_readme_gives_the_learners_logits(
     assert capsys.readouterr().out.strip()  # the example at its end says a class
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip_vision_model", "bert", "roberta", "distilbert", "mpnet", "t5"])
+@pytest.mark.parametrize("kind", [kind for kind, _ in BESIDE] + ["dinov2"])
 def test_peft_readme_gives_the_learners_logits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(save_tiny(kind, tmp_path / "base"))
     layers, head = teach(backbone), make_head(backbone)
@@ -90,6 +91,29 @@ def test_peft_readme_gives_the_learners_logits(kind: str, tmp_path: Path, monkey
     assert (report.has_classifier, report.max_difference < 1e-5) == (False, True)
     found = readme_logits(tmp_path / "out", backbone, monkeypatch)
     torch.testing.assert_close(found, learner_logits(backbone, head), rtol=1e-5, atol=1e-5)
+
+
+def test_slices_of_a_fused_layer_become_one_lora_of_it(tmp_path: Path) -> None:
+    backbone = load_backbone(save_tiny("gpt2", tmp_path / "base"))
+    base = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    layers, head = teach(backbone), make_head(backbone)
+    assert {name.rsplit(".", 2)[1:] == ["c_attn", "query"] for name in layers} == {False}, "keys and values"
+    export_merged(backbone, layers, head, tmp_path / "merged", card=CARD)
+    export_peft(backbone, layers, head, tmp_path / "peft", card=CARD)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    factors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert merged.keys() == base.keys() and len(factors) == 4
+    for name in ("h.0.attn.c_attn", "h.1.attn.c_attn"):
+        weight, old = merged[f"{name}.weight"], base[f"{name}.weight"]
+        assert torch.equal(weight[:, :16], old[:, :16]) and not torch.equal(weight[:, 16:], old[:, 16:])
+        down, up = (factors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        assert down.shape[0] == sum(layers[f"{name}.{part}"].total_rank + 1 for part in ("key", "value"))
+        torch.testing.assert_close((up @ down).T, weight - old)
+        assert not bool(up[:16].any())
+    small = export_peft(backbone, layers, head, tmp_path / "small", card=CARD, max_rank=2)
+    assert small.truncation.keys() == {"h.0.attn.c_attn", "h.1.attn.c_attn"}
+    config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert (config["r"], config["fan_in_fan_out"]) == (2, True)
 
 
 def test_a_truncated_adapter_states_its_error(tmp_path: Path) -> None:
