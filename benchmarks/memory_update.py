@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypeVar
 
 import torch
+from processor import processor
 from torch import Tensor
 
 from everlora.lowrank import GradientMemory
@@ -147,15 +148,6 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def print_table(rows: list[Row], layers: int) -> None:

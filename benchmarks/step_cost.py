@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from typing import Any, cast
 import peft
 import torch
 import transformers
+from processor import processor
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
@@ -318,15 +318,6 @@ def machine(setup: Setup) -> dict[str, str | int]:
     device = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else processor()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     return {"machine": device, "cores": os.cpu_count() or 0, "threads": torch.get_num_threads(), **versions}
-
-
-def processor() -> str:
-    """Return the name of the CPU."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def print_ratios(ratios: Ratios, baseline: str) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from processor import processor
 
 from everlora import Learner
 from everlora.streams import Examples
@@ -91,13 +91,8 @@ def ratios(costs: dict[str, Costs]) -> dict[str, list[float]]:
 
 def machine() -> dict[str, object]:
     """Say where and with what it was measured."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return {"machine": name, "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__}
+    return {"machine": processor(), "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__}
 
 
 def ends(values: list[float]) -> tuple[float, float]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from everlora.errors import UnsupportedError
 from everlora.lowrank.precision import without_autocast
 from everlora.lowrank.working import WorkingWeight
 
@@ -118,11 +117,8 @@ class _FoldedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> Gradients:
         if gradient is None:
             return (None,) * 6
-        if ctx.weight is not None and ctx.generation != ctx.working.generation:
-            raise UnsupportedError(
-                "the working weight of an adapted layer was rebuilt between this forward pass and its backward pass; "
-                "run backward before the next optimiser step or change of the factors"
-            )
+        if ctx.weight is not None:
+            ctx.working.require(ctx.generation, changed="factors")
         x, up, projection = ctx.saved_tensors
         needs_x, needs_up, needs_down, needs_bias = ctx.needs_input_grad[:4]
         with without_autocast(gradient.device):

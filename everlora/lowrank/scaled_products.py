@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from everlora.errors import OptionError, UnsupportedError, nearest
+from everlora.errors import OptionError, nearest
 from everlora.lowrank.precision import without_autocast
 from everlora.lowrank.working import PastFactors, WorkingWeight
 
@@ -188,11 +188,7 @@ class _FoldedScaled(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> Gradients:
         if gradient is None:
             return (None,) * 8
-        if ctx.generation != ctx.working.generation:
-            raise UnsupportedError(
-                "the working weight of an adapted layer was rebuilt between this forward pass and its backward pass; "
-                "run backward before the next optimiser step or change of the magnitudes"
-            )
+        ctx.working.require(ctx.generation, changed="magnitudes")
         x, up, down, coefficients = ctx.saved_tensors
         needs_x, needs_bias, *rest = ctx.needs_input_grad[:5]
         shares: Gradients = (None, None, None)

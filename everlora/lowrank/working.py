@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from everlora.errors import UnsupportedError
 from everlora.lowrank.magnitudes import Magnitudes
 from everlora.lowrank.precision import full_precision, normal_mode
 from everlora.lowrank.sharing import InputGroup
@@ -126,6 +127,22 @@ class WorkingWeight:
         self._past_stamp, self._stamp = None, _Stamp(*sources)
         self.generation += 1
         return weight
+
+    def require(self, generation: int, *, changed: str) -> None:
+        """Refuse a backward pass over a weight that is no longer the one of its forward pass.
+
+        Args:
+            generation: what it was in the forward pass.
+            changed: what may have changed since, for the message.
+
+        Raises:
+            UnsupportedError: the weight was rebuilt.
+        """
+        if generation != self.generation:
+            raise UnsupportedError(
+                "the working weight of an adapted layer was rebuilt between this forward pass and its backward pass; "
+                f"run backward before the next optimiser step or change of the {changed}"
+            )
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of the last refresh in another dtype (autocast); the copy is reused until a rebuild."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everlora.errors import DataError, UnsupportedError
-from everlora.heads import Aligner, HeadRows, TaskHeads
+from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
 from everlora.lowrank import LowRankLinear
 
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "Method",
     "State",
     "TaskInfo",
+    "aligner_of",
     "check_classes",
     "features_by_class",
     "heads_state",
     "keyed_generator",
     "load_heads",
+    "realign",
     "task_key",
     "tasks_in",
 ]
@@ -292,6 +295,22 @@ def features_by_class(task: TaskInfo, collect: Collect) -> dict[int, Tensor]:
 
     collect(keep, stage="class statistics", augment=False)
     return {c: torch.cat(parts) for c, parts in rows.items()}
+
+
+def aligner_of(options: Any) -> Aligner | None:
+    """Make the aligner that options ask for; those named `alignment_...` are the fields of `AlignmentOptions`."""
+    if not options.alignment:
+        return None
+    names = [field.name for field in dataclasses.fields(AlignmentOptions)]
+    given = {name: getattr(options, f"alignment_{name}") for name in names if hasattr(options, f"alignment_{name}")}
+    return Aligner(AlignmentOptions(**given))
+
+
+def realign(aligner: Aligner | None, heads: TaskHeads, task: TaskInfo, collect: Collect, *, seed: int) -> None:
+    """Realign all heads after a task, with a generator of the task's own; does nothing without an aligner."""
+    if aligner is not None:
+        generator = keyed_generator(seed, task.index, "alignment")
+        aligner.end_task(heads, task.index, features_by_class(task, collect), generator)
 
 
 def check_classes(task: TaskInfo, seen: Sequence[tuple[int, ...]], *, over: str, strict: bool = False) -> None:

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from everlora.errors import NumericError, OptionError
-from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
+from everlora.heads import HeadRows, TaskHeads
 from everlora.lowrank import (
     ConstantThreshold,
     GeometricThreshold,
@@ -41,11 +41,12 @@ from everlora.methods.base import (
     Method,
     State,
     TaskInfo,
+    aligner_of,
     check_classes,
-    features_by_class,
     heads_state,
     keyed_generator,
     load_heads,
+    realign,
     task_key,
 )
 from everlora.methods.registry import register
@@ -134,7 +135,7 @@ class InfLoRA(Method):
         )
         self._groups: dict[str, list[str]] = {}
         self.memories: dict[str, GradientMemory] = {}
-        self.aligner = Aligner(_alignment(options)) if options.alignment else None
+        self.aligner = aligner_of(options)
         self._moments: dict[str, SecondMoment] = {}
         self._protected: State = {}
 
@@ -165,9 +166,7 @@ class InfLoRA(Method):
             layer.fold_block()
         self.heads.freeze()
         self._moments = {}
-        if self.aligner is not None:
-            generator = keyed_generator(self.seed, task.index, "alignment")
-            self.aligner.end_task(self.heads, task.index, features_by_class(task, collect), generator)
+        realign(self.aligner, self.heads, task, collect, seed=self.seed)
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""
@@ -259,15 +258,6 @@ class InfLoRA(Method):
     def _empty_memory(self, dim: int) -> GradientMemory:
         options = self.options
         return GradientMemory(dim, form=options.form, energy=options.energy, first_task=options.first_task)
-
-
-def _alignment(options: InfLoRAOptions) -> AlignmentOptions:
-    return AlignmentOptions(
-        epochs=options.alignment_epochs,
-        lr=options.alignment_lr,
-        logit_norm=options.alignment_logit_norm,
-        covariance=options.alignment_covariance,
-    )
 
 
 def _schedule(options: InfLoRAOptions) -> Callable[[int], float]:

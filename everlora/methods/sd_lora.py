@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from everlora.errors import OptionError, TargetError, UnsupportedError
-from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
+from everlora.heads import HeadRows, TaskHeads
 from everlora.lowrank import Direction, LowRankLinear, attach
 from everlora.methods.base import (
     Batch,
@@ -31,11 +31,12 @@ from everlora.methods.base import (
     Method,
     State,
     TaskInfo,
+    aligner_of,
     check_classes,
-    features_by_class,
     heads_state,
     keyed_generator,
     load_heads,
+    realign,
 )
 from everlora.methods.direction_history import DirectionHistory
 from everlora.methods.registry import register
@@ -192,7 +193,7 @@ class SDLoRA(Method):
             merging=_merging(options),
         )
         self.magnitudes: nn.Parameter | None = None
-        self.aligner = Aligner(_alignment(options)) if options.alignment else None
+        self.aligner = aligner_of(options)
 
     @classmethod
     def training_defaults(cls, options: SDLoRAOptions) -> Mapping[str, Any]:
@@ -234,9 +235,7 @@ class SDLoRA(Method):
             self.past.finish(task.index, self.magnitudes)
         self.magnitudes = None
         self.heads.freeze()
-        if self.aligner is not None:
-            generator = keyed_generator(self.seed, task.index, "alignment")
-            self.aligner.end_task(self.heads, task.index, features_by_class(task, collect), generator)
+        realign(self.aligner, self.heads, task, collect, seed=self.seed)
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""
@@ -371,12 +370,3 @@ def _merging(options: SDLoRAOptions) -> MergeRules | None:
     if options.max_rank is None:
         return None
     return MergeRules(options.max_rank, options.keep_last, options.max_compress_error, options.rank_alloc)
-
-
-def _alignment(options: SDLoRAOptions) -> AlignmentOptions:
-    return AlignmentOptions(
-        epochs=options.alignment_epochs,
-        lr=options.alignment_lr,
-        logit_norm=options.alignment_logit_norm,
-        covariance=options.alignment_covariance,
-    )

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
+from everlora.heads import HeadRows, TaskHeads
 from everlora.lowrank import LowRankLinear, attach
 from everlora.methods.base import (
     Batch,
@@ -23,11 +23,12 @@ from everlora.methods.base import (
     Method,
     State,
     TaskInfo,
+    aligner_of,
     check_classes,
-    features_by_class,
     heads_state,
     keyed_generator,
     load_heads,
+    realign,
     task_key,
 )
 from everlora.methods.registry import register
@@ -136,8 +137,7 @@ class Sequential(Method):
         self.fixed_features = options.train == "head"
         self.heads = TaskHeads(encoder.feature_dim, options.head_init)
         self.tuned = TunedEncoder(options, encoder, seed)
-        alignment = AlignmentOptions(epochs=options.alignment_epochs, lr=options.alignment_lr)
-        self.aligner = Aligner(alignment) if options.alignment else None
+        self.aligner = aligner_of(options)
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Add the task's head; the LoRA goes on from where it is."""
@@ -152,9 +152,7 @@ class Sequential(Method):
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Freeze the head, and realign all heads if asked for; the encoder stays as this task left it."""
         self.heads.freeze()
-        if self.aligner is not None:
-            generator = keyed_generator(self.seed, task.index, "alignment")
-            self.aligner.end_task(self.heads, task.index, features_by_class(task, collect), generator)
+        realign(self.aligner, self.heads, task, collect, seed=self.seed)
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""
