@@ -34,8 +34,14 @@ class Evaluator:
 
     def logits(self, data: TaskData, rows_key: str | None, task: int | None) -> Tensor:
         """Scores of all classes for all rows, `(n, classes)` float32 on the CPU."""
-        features = self._features(data, rows_key)
         method = self.trainer.method
+        if method.isolated:  # which network runs is for the method to say, so it gets the inputs
+            result = torch.empty(len(data), len(self.classes))
+            for rows, batch in self.trainer.batches(data, "predict"):
+                with torch.no_grad():
+                    result[rows] = method.logits(batch, task).float().cpu()
+            return result
+        features = self._features(data, rows_key)
         parts = []
         with torch.no_grad():
             for part in torch.split(features, 4096):
@@ -44,7 +50,13 @@ class Evaluator:
         return torch.cat(parts)
 
     def count(
-        self, examples: Examples, labels: Sequence[str], tasks: Sequence[Sequence[str]], *, task: int | None = None
+        self,
+        examples: Examples,
+        labels: Sequence[str],
+        tasks: Sequence[Sequence[str]],
+        *,
+        task: int | None = None,
+        given: bool = False,
     ) -> Counts:
         """Count correct rows of one task's examples.
 
@@ -52,22 +64,29 @@ class Evaluator:
             examples: labelled rows.
             labels: all labels of the task they belong to.
             tasks: labels of every learned task.
-            task: given identity of the task, for task-incremental prediction.
+            task: number of that task; None where no single one taught these labels.
+            given: whether predictions are made with the task given (task-incremental).
 
         Raises:
             DataError: an unknown label.
         """
         data = TaskData.of(self.trainer.backbone, examples, self.numbers)
-        logits = self.logits(data, examples.fingerprint, task)
-        predicted = logits.argmax(dim=1)
         own = torch.zeros(len(self.classes), dtype=torch.bool)
         own[[self.numbers[label] for label in labels]] = True
-        restricted = logits.masked_fill(~own, -torch.inf).argmax(dim=1)
+        logits = None if given and task is not None else self.logits(data, examples.fingerprint, None)
+        if logits is None or (self.trainer.method.isolated and task is not None):
+            restricted = self.logits(data, examples.fingerprint, task)
+        else:
+            restricted = logits.masked_fill(~own, -torch.inf)
+        aware = int((restricted.argmax(dim=1) == data.labels).sum())
+        if given or logits is None:
+            return Counts(correct=aware, size=len(data), task_aware=aware)
+        predicted = logits.argmax(dim=1)
         repeated = len({label for group in tasks for label in group}) < sum(len(group) for group in tasks)
         return Counts(
             correct=int((predicted == data.labels).sum()),
             size=len(data),
-            task_aware=None if repeated else int((restricted == data.labels).sum()),
+            task_aware=None if repeated else aware,
             task_correct=None if repeated else int(own[predicted].sum()),
         )
 
@@ -88,7 +107,7 @@ class Evaluator:
         owners = [first[str(label)] for label in examples.labels]
         for index in sorted(set(owners)):
             rows = examples.select([i for i, owner in enumerate(owners) if owner == index])
-            counts[names[index]] = self.count(rows, tasks[index], tasks)
+            counts[names[index]] = self.count(rows, tasks[index], tasks, task=index)
         return self.summary(counts)
 
     def predict(self, examples: Examples, task: int | None) -> list[Prediction]:

@@ -317,7 +317,8 @@ class Learner:
         self.method.load_state(join_state(store))
         if loaded is None and not store.tasks:  # from the first task on, its state holds what was adopted
             adopt_at_start(self.settings, self.method, self.model, header)
-        self.backbone.to(self._device)
+        for module in (self.backbone, *self.method.own_modules()):
+            module.to(self._device)
         records = [store.read_task(entry.index).record for entry in store.tasks]
         self._labels = [tuple(record["labels"]) for record in records]
         self.classes = list(dict.fromkeys(label for labels in self._labels for label in labels))
@@ -349,7 +350,8 @@ class Learner:
         numbers = {label: number for number, label in enumerate(self.classes)}
         info = TaskInfo(index, name, tuple(numbers[label] for label in labels), len(examples))
         data = TaskData.of(self.backbone, examples, numbers)
-        report = TaskTrainer(self.backbone, self.method, settings.training, progress=progress).learn(info, data)
+        held = None if kept is None else TaskData.of(self.backbone, kept, numbers)
+        report = TaskTrainer(self.backbone, self.method, settings.training, progress=progress).learn(info, data, held)
         self._kept[index] = kept
         metrics, evaluation = self._follow(index, name, progress)
         result = TaskResult(
@@ -449,9 +451,14 @@ class Learner:
         return self._kept[index]
 
     def _count(self, evaluator: Evaluator, index: int, rows: Examples) -> Counts:
-        labels = self._labels[index] if index < len(self._labels) and self.trains_on == "task" else rows.classes
-        given = index if self.scenario == "task_incremental" else None
-        return evaluator.count(rows, labels, self._labels, task=given)
+        learned = index < len(self._labels) and self.trains_on == "task"
+        return evaluator.count(
+            rows,
+            self._labels[index] if learned else rows.classes,
+            self._labels,
+            task=index if learned else None,
+            given=self.scenario == "task_incremental",
+        )
 
     def _evaluator(self, progress: Progress | None = None) -> Evaluator:
         trainer = TaskTrainer(self.backbone, self.method, self.settings.training, progress=progress)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import everlora
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
@@ -52,7 +51,9 @@ def cost_record(report: TrainingReport, method: Method) -> dict[str, Any]:
         "steps": report.steps,
         "peak_memory_bytes": report.peak_memory_bytes,
         "trainable_parameters": report.trainable_parameters,
-        "stored_parameters": _stored_parameters(method),
+        "stored_parameters": method.stored_parameters(),
+        "step_seconds": report.step_seconds,
+        "curve": report.curve,
     }
     return {"cost": cost}
 
@@ -90,12 +91,3 @@ def load_base(header: Mapping[str, Any], moved_to: str | Path | None, settings: 
             f"{header['base_sha256'][:12]}...); give the original with --model or model=."
         )
     return backbone
-
-
-def _stored_parameters(method: Method) -> int:
-    """Numbers a user must keep to predict: factors of all tasks and head rows."""
-    tensors: list[Tensor] = []
-    for layer in method.layers().values():
-        tensors += [layer.down, layer.up, layer.past_down, layer.past_up]
-    head = method.head_rows()
-    return sum(tensor.numel() for tensor in [*tensors, head.weight, head.bias])

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from everlora.backbones.images import Augment, ImageInputs
 from everlora.backbones.inputs import Encoded, EncodedTexts, Rows
@@ -70,6 +71,11 @@ class Backbone(nn.Module, ABC):
         return self.inputs.max_length if isinstance(self.inputs, TextInputs) else None
 
     @property
+    def num_parameters(self) -> int:
+        """Number of parameters that the features depend on, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Device of the network, where batches are built."""
         return next(self.model.parameters()).device
@@ -104,6 +110,17 @@ class Backbone(nn.Module, ABC):
         Returns:
             `(n, feature_dim)` float32, also under autocast and for bfloat16 weights.
         """
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set the mode of all layers but batch norms: whatever trains beside a frozen network, its statistics stay.
+
+        A method that wants the statistics of a batch norm to move sets that layer's mode itself, after this.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Same as `features`."""

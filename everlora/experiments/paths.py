@@ -118,7 +118,7 @@ def _measure(
     by_task = learner.scenario == "task_incremental"
     with model:
         counts = [
-            evaluator.count(rows, labels[index], labels, task=index if by_task else None)
+            evaluator.count(rows, labels[index], labels, task=index, given=by_task)
             for index, rows in enumerate(tests)
         ]
     aware = [one.task_aware for one in counts if one.task_aware is not None]

@@ -38,12 +38,15 @@ class TaskHeads(nn.Module):
     Source: section 7 of the InfLoRA reference (heads, inference without task identity).
     """
 
+    _place: Tensor
+
     def __init__(self, feature_dim: int, init: str = "uniform") -> None:
         super().__init__()
         self.init = init
         self.feature_dim = feature_dim
         self.heads = nn.ModuleList()
         self.classes: list[tuple[int, ...]] = []
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # knows the device before there is a head
 
     def add_task(self, classes: Sequence[int], generator: torch.Generator | None = None) -> nn.Linear:
         """Append a trainable head and freeze the earlier ones.
@@ -143,4 +146,4 @@ class TaskHeads(nn.Module):
         return torch.tensor([c for classes in chosen for c in classes], device=device)
 
     def _device(self) -> torch.device:
-        return next(self.parameters(), torch.empty(0)).device
+        return self._place.device

@@ -23,6 +23,7 @@ __all__ = [
     "Encoder",
     "Loss",
     "Method",
+    "Recalled",
     "State",
     "TaskInfo",
     "aligner_of",
@@ -45,6 +46,10 @@ class Encoder(Protocol):
 
     feature_dim: int
     model: nn.Module
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of pretrained parameters that the features depend on."""
 
     @property
     def default_targets(self) -> tuple[str, ...]:
@@ -85,11 +90,32 @@ class Batch:
         inputs: keyword tensors of the encoder (may be empty when `features` is given).
         labels: `(n,)` class indices.
         features: `(n, d)` features computed beforehand, for a model that does not change.
+        rows: `(n,)` row numbers within the task's data, as `Collect.rows` takes them; None outside of training.
+        memory: rows of earlier tasks to be trained along with these, where `Method.recall` gave any.
+        tasks: `(n,)` number of the task each row was learned with; only in a `memory`.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     features: Tensor | None = None
+    rows: Tensor | None = None
+    memory: Batch | None = None
+    tasks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Rows that a method kept of earlier tasks and wants to train on again.
+
+    Attributes:
+        encoded: rows as `Collect.rows` gave them out.
+        labels: `(n,)` class indices.
+        tasks: `(n,)` number of the task each row was learned with.
+    """
+
+    encoded: Any
+    labels: Tensor
+    tasks: Tensor
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,7 @@ class Collect(Protocol):
         before: Callable[[Batch], None] | None = None,
         augment: bool = True,
         max_batches: int | None = None,
+        validation: bool = False,
     ) -> int:
         """Run the encoder on every row and hand `(batch, features)` to `visit`.
 
@@ -120,9 +147,17 @@ class Collect(Protocol):
             before: called with each batch before the encoder runs on it.
             augment: training augmentation (one draw a row) or the evaluation transform.
             max_batches: stop early.
+            validation: pass over the rows kept for validation instead, never augmented; there may be none.
 
         Returns:
             The number of rows seen.
+        """
+
+    def rows(self, numbers: Tensor | None = None) -> tuple[Any, Tensor]:
+        """Return training rows as they were encoded, before augmentation, and their labels `(n,)`.
+
+        Args:
+            numbers: `(n,)` row numbers; None for all.
         """
 
 
@@ -135,10 +170,17 @@ class Method(ABC):
     """
 
     options_type: ClassVar[type]
+    encoder: Encoder
     trains_on: Literal["task", "stream"] = "task"
     """`"stream"`: wants the rows of all tasks at once, in a single task (an upper bound, not a continual method)."""
     fixed_features: bool = False
     """True when the encoder never changes, so that its features may be computed once and kept."""
+    isolated: bool = False
+    """True when each task has a network of its own: `logits` then needs `Batch.inputs`, and its answer with a given
+    task is another than its answer without, restricted to that task's classes."""
+    settled: bool = True
+    """False while the weights of a task are not yet of the kind that is kept, before pruning for instance: until then
+    no epoch is remembered as the best."""
 
     @classmethod
     def training_defaults(cls, options: Any) -> Mapping[str, Any]:
@@ -170,6 +212,17 @@ class Method(ABC):
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Prepare the parameters of a new task; may pass over its training rows."""
 
+    def train_mode(self) -> None:  # noqa: B027 - optional hook
+        """Put into training mode what the task trains beyond plain layers: batch norms whose statistics shall move.
+
+        Called before each step; the encoder is in training mode by then but for its batch norms, which never move
+        unless this hook says so.
+        """
+
+    def recall(self, count: int, generator: torch.Generator) -> Recalled | None:
+        """Draw rows of earlier tasks to train along with a batch of `count` rows; None without such rows."""
+        return None
+
     @abstractmethod
     def loss(self, batch: Batch) -> Loss:
         """Return the training loss of a batch; changes nothing."""
@@ -179,6 +232,14 @@ class Method(ABC):
 
     def after_step(self, stepped: bool) -> None:  # noqa: B027 - optional hook
         """React to an optimiser step; `stepped` is False while gradients still accumulate."""
+
+    def after_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027 - optional hook
+        """React to the end of an epoch, before it is validated; may change what is trained.
+
+        Args:
+            epoch: its number, from 0.
+            epochs: how many the task is trained for.
+        """
 
     @abstractmethod
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
@@ -192,7 +253,8 @@ class Method(ABC):
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters of the current task by group; empty when nothing is.
 
-        Groups: `"adapter"`, `"head"`, and `"magnitudes"` for scalars that are never decayed.
+        Groups: `"adapter"`, `"head"`, `"norm"` for scales, shifts and biases and `"magnitudes"` for scalars; the last
+        two are never decayed.
         """
 
     @abstractmethod
@@ -205,7 +267,26 @@ class Method(ABC):
 
     @abstractmethod
     def head_rows(self) -> HeadRows:
-        """The classifier as plain rows, for export."""
+        """The classifier as plain rows, for export; of the active task where tasks have networks of their own."""
+
+    def activate(self, task: int | None) -> None:  # noqa: B027 - only for isolated methods
+        """Put the network of a task in place, None for the pretrained one; nothing to do where all share one."""
+
+    def own_modules(self) -> list[nn.Module]:
+        """Modules among the method's attributes, such as heads, which must follow the encoder to its device."""
+        encoder: object = self.encoder
+        return [value for value in vars(self).values() if isinstance(value, nn.Module) and value is not encoder]
+
+    def stored_parameters(self) -> int:
+        """Count the parameters needed to predict on all tasks learned so far, the encoder's included.
+
+        Running statistics, masks and prototypes are no parameters.
+        Source: section 9 of the reference on convolutional networks.
+        """
+        layers = self.layers().values()
+        added = {id(f): f for layer in layers for f in (layer.down, layer.up, layer.past_down, layer.past_up)}
+        head = self.head_rows()
+        return self.encoder.num_parameters + sum(t.numel() for t in [*added.values(), head.weight, head.bias])
 
     def layers(self) -> dict[str, LowRankLinear]:
         """Adapted layers by qualified name; empty for a frozen encoder."""

@@ -87,6 +87,10 @@ class NearestClassMean(Method):
         weight, bias = self._rows()
         return HeadRows(weight, bias, tuple(range(len(bias))), normalize=self.options.metric == "cosine")
 
+    def stored_parameters(self) -> int:
+        """Those of the encoder: class means are statistics."""
+        return self.encoder.num_parameters
+
     def state(self) -> State:
         """Classes, sums and counts of each task: written once, added up on use."""
         state: State = {}

@@ -35,6 +35,9 @@ class TrainingOptions:
         augment: augmentation of images; `auto` is `crop_flip` for small images, `resized_crop_flip` above 64 pixels.
         precision: `float32`, or `bfloat16` for autocast.
         dropout: False keeps dropout off while training, as the official InfLoRA code does.
+        keep_best: after the last epoch, go back to the one with the best accuracy on validation rows, the earliest of
+            equals; without such rows the last one stands.
+        drop_last: leave out an epoch's last batch when it is smaller than the others.
         seed: seed of all randomness.
     """
 
@@ -52,6 +55,8 @@ class TrainingOptions:
     augment: Literal["auto", "none", "flip", "crop_flip", "resized_crop_flip"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     dropout: bool = True
+    keep_best: bool = False
+    drop_last: bool = False
     seed: int = 1993
 
 
@@ -68,10 +73,14 @@ def rate_factor(options: TrainingOptions, epoch: int) -> float:
 
 
 def make_optimizer(options: TrainingOptions, groups: Mapping[str, Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
-    """Make the optimiser of one task; `head` and `magnitudes` have learning rates of their own, magnitudes no decay."""
+    """Make the optimiser of one task.
+
+    `head` and `magnitudes` have learning rates of their own; `magnitudes` and `norm` are not decayed.
+    """
     head_lr = options.lr if options.head_lr is None else options.head_lr
     special: dict[str, dict[str, float]] = {
         "head": {"lr": head_lr},
+        "norm": {"weight_decay": 0.0},
         "magnitudes": {"lr": options.lr * options.alpha_lr_mult, "weight_decay": 0.0},
     }
     sets: list[dict[str, Any]] = [{"params": list(params), **special.get(name, {})} for name, params in groups.items()]

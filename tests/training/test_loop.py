@@ -11,9 +11,10 @@ import torch
 from everlora.backbones import load_backbone
 from everlora.errors import DataError, NumericError, OptionError
 from everlora.methods import method_spec
-from everlora.methods.base import Batch, Loss, TaskInfo
+from everlora.methods.base import Batch, Loss, Recalled, TaskInfo
 from everlora.methods.registry import parse_options
 from everlora.training import TaskData, TaskTrainer, TrainingOptions
+from everlora.training.epochs import Epochs
 from everlora.training.options import make_optimizer, rate_factor
 from tests.toy import tiny_model, toy_images, toy_texts
 
@@ -65,8 +66,8 @@ def test_magnitudes_have_a_rate_of_their_own_and_no_decay(kind: str) -> None:
 
 
 def test_an_epoch_sees_every_row_once_in_random_batches(folder: Path) -> None:
-    trainer, data, _ = _trainer(folder)
-    orders = [trainer._order(data, 0, epoch) for epoch in range(2)]
+    trainer, data, task = _trainer(folder)
+    orders = [Epochs(trainer, task, data, None).order(epoch) for epoch in range(2)]
     for batches in orders:
         assert sorted(torch.cat(batches).tolist()) == list(range(len(data)))
         assert [len(batch) for batch in batches] == [8] * 5
@@ -96,7 +97,7 @@ def test_what_ran_before_does_not_matter(folder: Path) -> None:
 def test_report_counts_steps_and_trained_elements(folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     trainer, data, task = _trainer(folder)
-    trainer._progress = lambda *event: seen.append(event)
+    trainer.progress = lambda *event: seen.append(event)
     report = trainer.learn(task, data)
     assert report.steps == 2 * 5 and report.trainable_parameters == 2 * (16 + 1)
     assert [row["epoch"] for row in report.log] == [0, 1] and report.peak_memory_bytes > 1e7
@@ -136,10 +137,10 @@ def test_images_are_augmented_by_key(tmp_path: Path) -> None:
     data = TaskData.of(backbone, toy_images(["a", "b"], 6), {"a": 0, "b": 1})
     trainer = TaskTrainer(backbone, method, TrainingOptions(augment="crop_flip"))
     rows = torch.arange(12)
-    first, again, other = (trainer._batch(data, rows, epoch=e).inputs["pixel_values"] for e in (0, 0, 1))
-    plain = trainer._batch(data, rows, epoch=None).inputs["pixel_values"]
+    first, again, other = (trainer.batch(data, rows, epoch=e).inputs["pixel_values"] for e in (0, 0, 1))
+    plain = trainer.batch(data, rows, epoch=None).inputs["pixel_values"]
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, plain)
-    swapped = trainer._batch(data, rows.flip(0), epoch=0).inputs["pixel_values"]
+    swapped = trainer.batch(data, rows.flip(0), epoch=0).inputs["pixel_values"]
     torch.testing.assert_close(swapped.flip(0), first, rtol=0, atol=1e-5)
 
 
@@ -148,3 +149,63 @@ def test_options_are_validated() -> None:
         parse_options(TrainingOptions, {"epoch": 3}, "training")
     with pytest.raises(OptionError, match=r"'lr' of training: .*greater than 0"):
         parse_options(TrainingOptions, {"lr": 0}, "training")
+
+
+def test_validation_rows_give_a_curve_from_before_the_first_epoch(folder: Path) -> None:
+    trainer, data, task = _trainer(folder, epochs=3)
+    report = trainer.learn(task, data, data)
+    assert len(report.curve) == 4 and [row["validation"] for row in report.log] == [v for v, _ in report.curve[1:]]
+    assert all(0 <= value <= 1 for value, _ in report.curve)
+    seconds = [spent for _, spent in report.curve]
+    assert seconds[0] == 0 and seconds == sorted(seconds) and report.step_seconds > 0
+
+
+def test_validation_changes_nothing_unless_the_best_epoch_is_asked_for(folder: Path) -> None:
+    weights = []
+    for validation in (False, True):
+        trainer, data, task = _trainer(folder)
+        trainer.learn(task, data, data if validation else None)
+        weights.append(trainer.method.state()["tasks/000/head/weight"])
+    assert torch.equal(*weights)
+
+
+def test_keep_best_goes_back_to_the_earliest_of_the_best_epochs(folder: Path) -> None:
+    trainer, data, task = _trainer(folder, epochs=4, keep_best=True)
+    snapshots: list[torch.Tensor] = []
+    answers = iter([0.1, 0.4, 0.9, 0.9, 0.2])  # before the first epoch, and after each of four
+
+    def logits(batch: Batch, given: int | None = None) -> torch.Tensor:
+        snapshots.append(trainer.method.heads.linears[0].weight.detach().clone())
+        right = torch.nn.functional.one_hot(batch.labels, 2).float()
+        wrong = torch.arange(len(right)) >= round(next(answers) * len(right))
+        return torch.where(wrong[:, None], 1 - right, right)
+
+    trainer.method.logits = logits  # type: ignore[method-assign]
+    report = trainer.learn(task, data, data)
+    assert [round(value, 1) for value, _ in report.curve] == [0.1, 0.4, 0.9, 0.9, 0.2]
+    assert torch.equal(trainer.method.heads.linears[0].weight, snapshots[2])
+    assert not torch.equal(snapshots[2], snapshots[4])
+
+
+def test_a_smaller_last_batch_can_be_left_out(folder: Path) -> None:
+    trainer, data, task = _trainer(folder, batch_size=12, drop_last=True)
+    batches = Epochs(trainer, task, data, None).order(0)
+    assert [len(batch) for batch in batches] == [12, 12, 12]
+    trainer, data, task = _trainer(folder, batch_size=12)
+    assert [len(batch) for batch in Epochs(trainer, task, data, None).order(0)] == [12, 12, 12, 4]
+
+
+def test_a_method_gets_the_rows_it_recalls_beside_each_batch(folder: Path) -> None:
+    trainer, data, task = _trainer(folder, epochs=1)
+    kept = Recalled(data.encoded.select([3, 5]), data.labels[[3, 5]], torch.tensor([0, 0]))
+    seen: list[Batch] = []
+    loss = trainer.method.loss
+    trainer.method.recall = lambda count, generator: kept  # type: ignore[method-assign]
+    trainer.method.loss = lambda batch: seen.append(batch) or loss(batch)  # type: ignore[method-assign, func-returns-value]
+    trainer.learn(task, data)
+    for batch in seen:
+        assert batch.memory is not None and batch.memory.tasks is not None and batch.rows is not None
+        assert torch.equal(batch.memory.labels, data.labels[[3, 5]]) and batch.memory.tasks.tolist() == [0, 0]
+        assert torch.equal(batch.labels, data.labels[batch.rows])
+    direct = trainer.backbone.collate(data.encoded, [3, 5])
+    assert seen[0].memory is not None and torch.equal(seen[0].memory.inputs["input_ids"], direct["input_ids"])
