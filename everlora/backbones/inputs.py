@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -41,6 +41,28 @@ class EncodedImages:
         index = as_rows(rows)
         return EncodedImages(images=self.images[index], ids=self.ids[index])
 
+    def join(self, other: EncodedImages) -> EncodedImages:
+        """Return these rows and then the other's.
+
+        Raises:
+            ShapeError: the images differ in size.
+        """
+        if self.images.shape[1:] != other.images.shape[1:]:
+            raise ShapeError(
+                f"expected images of shape {self.images.shape[1:]} like those kept before, found shape "
+                f"{other.images.shape[1:]}; bring the images of all tasks to one size"
+            )
+        return EncodedImages(np.concatenate([self.images, other.images]), np.concatenate([self.ids, other.ids]))
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the rows as named arrays, as `from_arrays` takes them."""
+        return {"images": self.images, "ids": self.ids}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray[Any, Any]]) -> EncodedImages:
+        """Make rows of what `arrays` returned."""
+        return cls(arrays["images"], arrays["ids"])
+
 
 @dataclass(frozen=True)
 class EncodedTexts:
@@ -77,6 +99,24 @@ class EncodedTexts:
         flat = np.concatenate(parts) if parts else self.token_ids[:0]
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)]).astype(np.int64)
         return replace(self, token_ids=flat, offsets=offsets, ids=self.ids[index])
+
+    def join(self, other: EncodedTexts) -> EncodedTexts:
+        """Return these rows and then the other's; `num_truncated` adds up."""
+        return EncodedTexts(
+            token_ids=np.concatenate([self.token_ids, other.token_ids]),
+            offsets=np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+            ids=np.concatenate([self.ids, other.ids]),
+            num_truncated=self.num_truncated + other.num_truncated,
+        )
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the rows as named arrays, as `from_arrays` takes them."""
+        return {"token_ids": self.token_ids, "offsets": self.offsets, "ids": self.ids}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray[Any, Any]]) -> EncodedTexts:
+        """Make rows of what `arrays` returned; none counts as truncated."""
+        return cls(arrays["token_ids"], arrays["offsets"], arrays["ids"])
 
 
 Encoded: TypeAlias = EncodedImages | EncodedTexts

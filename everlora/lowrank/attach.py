@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from everlora.errors import OptionError, TargetError, nearest
-from everlora.lowrank.fused import SLICES, FusedProjection, split_candidates
-from everlora.lowrank.layer import FORWARD_MODES, LowRankLinear
+from everlora.errors import OptionError, TargetError, UnsupportedError, nearest
+from everlora.lowrank.adapted import FORWARD_MODES, LowRankLayer, base_of
+from everlora.lowrank.fused import FusedProjection
+from everlora.lowrank.layer import AdaptedLayer, LowRankConv2d, LowRankLinear
+from everlora.lowrank.patches import patch_geometry
+from everlora.lowrank.ranks import layer_size
 from everlora.lowrank.sharing import InputGroup
+from everlora.lowrank.targets import Candidates
 
-__all__ = ["attach", "detach", "input_groups", "share_down"]
-
-# One entry for each kind of layer that can be adapted.
-_KINDS: dict[type[nn.Linear], type[LowRankLinear]] = {nn.Linear: LowRankLinear}
-# Attention modules read this layer's weight directly and never call it, so a branch would do nothing.
-_NEVER_CALLED = (NonDynamicallyQuantizableLinear,)
-_PATTERN_SIGNS = set("*+?[](){}^$|\\")
+__all__ = ["attach", "detach", "input_groups", "require_one_group", "share_down"]
 
 
 def attach(
     model: nn.Module,
     targets: Sequence[str] | str,
-    rank: int,
+    rank: int | Mapping[str, int],
     *,
     forward_mode: str = "auto",
     train_down: bool = True,
     generator: torch.Generator | None = None,
-) -> dict[str, LowRankLinear]:
+) -> dict[str, LowRankLinear | LowRankConv2d]:
     """Replace target layers by adapted ones; the model computes the same as before until a branch is trained.
 
     Only the adapted layers' base parameters are frozen; what else is trained is for the caller to say.
@@ -42,9 +38,10 @@ def attach(
         targets: names that end a layer's qualified name at a dot ("k_proj", "attention.k_proj"), or regular
             expressions for the whole name, known by a special sign or by the start "re:". What matches no layer may
             name slices of fused projections, such as "qkv.query"; their layer is taken apart, and frozen as a whole.
-        rank: of the first block of every layer, 0 for none.
-        forward_mode: as in `LowRankLinear`.
-        train_down: as in `LowRankLinear`.
+        rank: of the first block of every layer, 0 for none; or, by qualified name, of the layers to adapt, when only
+            some of those that the targets select are wanted (see `capped_ranks`).
+        forward_mode: as in `LowRankLayer`.
+        train_down: as in `LowRankLayer`.
         generator: draws the down-projections, in the order of the names.
 
     Returns:
@@ -55,31 +52,25 @@ def attach(
         OptionError: no target, a broken expression, an unknown mode, or a rank too large for a layer; nothing is
             changed.
     """
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    if not patterns:
-        raise OptionError("targets is empty; name at least one layer, for example 'k_proj'")
     if forward_mode not in FORWARD_MODES:
         raise OptionError(f"forward_mode={forward_mode!r} is not known; {nearest(forward_mode, FORWARD_MODES)}")
-    modules = dict(_named_candidates(model))
-    fused = split_candidates(modules)
-    slices = {f"{name}.{part}": child for name, whole in fused.items() for part, child in whole.named_children()}
-    for name, whole in list(modules.items()):
-        if isinstance(whole, FusedProjection):  # taken apart before
-            slices |= {child: modules.pop(child) for child in (f"{name}.{part}" for part in SLICES)}
-    chosen = sorted({name for pattern in patterns for name in _matches(pattern, modules, slices)})
-    bases = {name: _checked(name, {**slices, **modules}[name], rank) for name in chosen}
-    apart = {name.rpartition(".")[0] for name in chosen if name in slices}
-    for name in sorted(apart & set(chosen)):
+    candidates = Candidates.of(model)
+    bases = candidates.select(targets)
+    ranks = _ranks(rank, bases)
+    apart = {name.rpartition(".")[0] for name in ranks if name in candidates.slices}
+    for name in sorted(apart & ranks.keys()):
         raise TargetError(f"layer '{name}' is a target as a whole and in slices; name it or its slices")
-    for name in apart & set(fused):
-        _replace(model, name, fused[name])
-    adapted: dict[int, LowRankLinear] = {}
-    result: dict[str, LowRankLinear] = {}
-    for name, base in bases.items():
+    for name in apart & candidates.fused.keys():
+        _replace(model, name, candidates.fused[name])
+    adapted: dict[int, AdaptedLayer] = {}
+    result: dict[str, AdaptedLayer] = {}
+    options: dict[str, Any] = {"forward_mode": forward_mode, "train_down": train_down, "generator": generator}
+    for name, first_rank in ranks.items():
+        base = bases[name]
         if id(base) not in adapted:  # one layer under two names stays one layer
-            kind = _KINDS[_kind_of(base) or nn.Linear]
-            layer = kind(base, rank, forward_mode=forward_mode, train_down=train_down, generator=generator)
-            adapted[id(base)] = result[name] = layer.train(base.training)
+            kind = LowRankConv2d if isinstance(base, nn.Conv2d) else LowRankLinear
+            layer = kind(base, first_rank, **options).train(base.training)
+            adapted[id(base)] = result[name] = layer
         _replace(model, name, adapted[id(base)])
     return result
 
@@ -91,7 +82,7 @@ def detach(model: nn.Module) -> None:
     """
     modules = list(model.named_modules(remove_duplicate=False))
     for name, module in modules:
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLayer):
             _replace(model, name, module.release())
     for name, module in modules:
         if isinstance(module, FusedProjection):
@@ -101,7 +92,9 @@ def detach(model: nn.Module) -> None:
 def input_groups(
     model: nn.Module, layers: Mapping[str, nn.Module] | Sequence[str], run: Callable[[], Any]
 ) -> dict[str, list[str]]:
-    """Group layers that read the very same tensor, by one traced forward pass in evaluation mode.
+    """Group layers that read the very same rows, by one traced forward pass in evaluation mode.
+
+    Convolutions read the same rows where the tensor is the same and they cut the same patches from it.
 
     Args:
         model: put in evaluation mode for the trace and back.
@@ -134,14 +127,33 @@ def input_groups(
             handle.remove()
         for module, training in modes:
             module.training = training
-    groups: dict[tuple[tuple[int, int], ...] | str, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for name, inputs in seen.items():
-        key = tuple((id(x), version) for x, version in inputs) or name
+        tensors = tuple((id(x), version) for x, version in inputs)
+        key = (tensors, patch_geometry(base_of(named[name]))) if tensors else name
         groups.setdefault(key, []).append(name)
     return {members[0]: members for members in groups.values()}
 
 
-def share_down(layers: Sequence[LowRankLinear]) -> None:
+def require_one_group(layers: Mapping[str, LowRankLayer], what: str) -> None:
+    """Refuse convolutions in groups, whose groups read different patches.
+
+    Args:
+        layers: name to layer.
+        what: what is refused, for the message.
+
+    Raises:
+        UnsupportedError: a layer has groups; it is named.
+    """
+    for name, layer in layers.items():
+        if layer.groups != 1:
+            raise UnsupportedError(
+                f"layer '{name}' is a convolution with {layer.groups} groups, for which {what} is not defined; name "
+                "other layers with targets"
+            )
+
+
+def share_down(layers: Sequence[LowRankLayer]) -> None:
     """Let layers that read the same tensor share one `down` and compute `x down^T` once.
 
     Call it again after `start_block`, which gives a layer a `down` of its own.
@@ -169,75 +181,23 @@ def share_down(layers: Sequence[LowRankLinear]) -> None:
         layer.group, layer.down = group, first.down
 
 
-def _named_candidates(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules below `model` by qualified name, shared ones under each name, without the inside of adapted ones."""
-    for name, child in model._modules.items():
-        if child is None:
-            continue
-        yield prefix + name, child
-        if not isinstance(child, LowRankLinear):
-            yield from _named_candidates(child, f"{prefix}{name}.")
-
-
-def _matches(pattern: str, modules: Mapping[str, nn.Module], slices: Mapping[str, nn.Module]) -> list[str]:
-    """Return the names a target selects: layers, or where there are none, slices of fused layers."""
-    found = _selected(pattern, modules) or _selected(pattern, slices)
-    if not found:
-        raise TargetError(f"target '{pattern}' matches no layer; {_nearest_names(pattern, {**modules, **slices})}")
-    return found
-
-
-def _selected(pattern: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """An expression passes over containers, a name does not."""
-    if not pattern or pattern == "re:":
-        raise OptionError("a target is empty; name a layer, for example 'k_proj'")
-    if pattern.startswith("re:") or _PATTERN_SIGNS & set(pattern):
-        try:
-            expression = re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
-            raise OptionError(f"target '{pattern}' is not a valid regular expression: {error}") from error
-        return [name for name, module in modules.items() if expression.fullmatch(name) and _is_leaf(module)]
-    return [name for name in modules if name == pattern or name.endswith(f".{pattern}")]
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return isinstance(module, LowRankLinear) or not any(True for _ in module.children())
-
-
-def _nearest_names(pattern: str, modules: Mapping[str, nn.Module]) -> str:
-    """Compare with endings of the adaptable layers' names that have as many parts as the pattern."""
-    parts = pattern.count(".") + 1
-    adaptable = [name for name, module in modules.items() if _kind_of(module) is not None]
-    if not adaptable:
-        return "the model has no layer that can be adapted"
-    return nearest(pattern, {".".join(name.split(".")[-parts:]) for name in adaptable})
-
-
-def _kind_of(module: nn.Module) -> type[nn.Linear] | None:
-    """Return the entry of the type table that a module falls under."""
-    if isinstance(module, _NEVER_CALLED):
-        return None
-    return next((kind for kind in _KINDS if isinstance(module, kind)), None)
-
-
-def _checked(name: str, module: nn.Module, rank: int) -> nn.Linear:
-    """Refuse a chosen layer before anything is changed."""
-    if isinstance(module, LowRankLinear):
-        raise TargetError(f"layer '{name}' is adapted already; detach first, or start a new block on it")
-    kind = _kind_of(module)
-    if kind is None or not isinstance(module, kind):
-        known = ", ".join(sorted(known.__name__ for known in _KINDS))
-        slices = f", and slices such as '{name}.query'" if split_candidates({name: module}) else ""
-        raise TargetError(
-            f"layer '{name}' is a {type(module).__name__}, which cannot be adapted; supported: {known}{slices}"
-        )
-    limit = min(module.in_features, module.out_features)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
-        raise OptionError(
-            f"layer '{name}' has {module.in_features} inputs and {module.out_features} outputs, so its rank is an "
-            f"integer from 0 to {limit}, got {rank!r}"
-        )
-    return module
+def _ranks(rank: int | Mapping[str, int], bases: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, int]:
+    """Check the rank of every layer that is adapted."""
+    if isinstance(rank, Mapping):
+        unknown = sorted(rank.keys() - bases.keys())
+        if unknown:
+            raise OptionError(f"rank names the layer '{unknown[0]}', which no target selects; add it to the targets")
+        ranks = {name: rank[name] for name in bases if name in rank}
+    else:
+        ranks = dict.fromkeys(bases, rank)
+    for name, value in ranks.items():
+        size = layer_size(bases[name])
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= size.full_rank:
+            raise OptionError(
+                f"layer '{name}' has {size.describe()}, so its rank is an integer from 0 to {size.full_rank}, "
+                f"got {value!r}"
+            )
+    return ranks
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 
 from everlora.errors import NumericError, OptionError, ShapeError, TargetError, UnsupportedError
-from everlora.lowrank.layer import LowRankLinear
+from everlora.lowrank.adapted import base_of
+from everlora.lowrank.patches import unfold_patches
 from everlora.lowrank.precision import full_precision, normal_mode
+from everlora.lowrank.ranks import layer_size
 
-__all__ = ["SecondMoment", "record_moments", "unfold_patches"]
+__all__ = ["SecondMoment", "record_moments"]
+
+_UNFOLDED = 2**22  # numbers of unfolded patches held at once
 
 
 class SecondMoment:
@@ -178,7 +181,8 @@ def record_moments(
         A second moment for each name, on the device of the module's weight.
 
     Raises:
-        TargetError: a module is no `nn.Linear`, `LowRankLinear` or `nn.Conv2d` (read as unfolded patches).
+        TargetError: a module is no `nn.Linear`, no `nn.Conv2d` (read as unfolded patches), and no adapted layer.
+        UnsupportedError: a convolution has several groups.
         ShapeError: in the forward pass, the mask does not fit a module's input; the group is named.
         NumericError: in the forward pass, an input is not finite; the group is named.
     """
@@ -194,38 +198,20 @@ def record_moments(
             handle.remove()
 
 
-def unfold_patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Cut the patches a convolution reads, so that it becomes a linear layer on rows.
-
-    Args:
-        x: `(n, channels, height, width)`, the convolution's input.
-        conv: gives kernel, stride, padding and dilation; zero padding and one group only.
-
-    Returns:
-        `(n, positions, channels * kernel_height * kernel_width)`: one token per output position, padding included,
-        entries in the order of `conv.weight.flatten(1)`.
-
-    Raises:
-        UnsupportedError: several groups, another padding mode, or padding by name.
-    """
-    if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise UnsupportedError(
-            f"patches of a convolution with groups={conv.groups}, padding_mode={conv.padding_mode!r}, "
-            f"padding={conv.padding!r} are not defined; only one group and numeric zero padding are"
-        )
-    patches = functional.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-    return patches.transpose(1, 2)
-
-
 def _moment_for(name: str, module: nn.Module) -> SecondMoment:
-    if isinstance(module, nn.Conv2d):
-        return SecondMoment(module.weight[0].numel(), device=module.weight.device)
-    if not isinstance(module, (nn.Linear, LowRankLinear)):
+    base = base_of(module)
+    if not isinstance(base, (nn.Linear, nn.Conv2d)):
         raise TargetError(
             f"cannot record the input of '{name}', a {type(module).__name__}; "
             "linear layers, convolutions and adapted layers only"
         )
-    return SecondMoment(module.in_features, device=module.weight.device)
+    size = layer_size(base)
+    if size.groups != 1:
+        raise UnsupportedError(
+            f"the inputs of '{name}', a convolution with {size.groups} groups, have no common second moment, since "
+            "each group reads other channels; name other layers"
+        )
+    return SecondMoment(size.inputs, device=base.weight.device)
 
 
 def _recording_hook(
@@ -233,16 +219,24 @@ def _recording_hook(
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        if isinstance(module, nn.Conv2d):
-            for image in x:  # one image at a time bounds the memory that unfolding takes
-                moment.update(unfold_patches(image[None], module))
-            return
+        conv = base_of(module)
         try:
-            moment.update(x, _mask_for(x, None if mask is None else mask()))
+            if isinstance(conv, nn.Conv2d):
+                _add_patches(moment, x, conv)
+            else:
+                moment.update(x, _mask_for(x, None if mask is None else mask()))
         except (NumericError, ShapeError) as error:
             raise type(error)(f"input group '{name}': {error}") from error
 
     return hook
+
+
+def _add_patches(moment: SecondMoment, x: Tensor, conv: nn.Conv2d) -> None:
+    """Add a batch of images, some at a time, which bounds the memory that unfolding takes."""
+    images = x if x.ndim == 4 else x[None]
+    at_once = max(1, _UNFOLDED // max(1, moment.dim * images.shape[-1] * images.shape[-2]))
+    for part in torch.split(images, at_once):
+        moment.update(unfold_patches(part, conv))
 
 
 def _mask_for(x: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -22,7 +22,14 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def folded_linear(
-    x: Tensor, up: Tensor, down: Tensor, bias: Tensor | None, *, projection: Tensor | None, working: WorkingWeight
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    *,
+    projection: Tensor | None,
+    working: WorkingWeight,
+    scale: float = 1.0,
 ) -> Tensor:
     """Multiply by the working weight, one product, with hand-written gradients.
 
@@ -33,6 +40,7 @@ def folded_linear(
         bias: `(out,)` or None.
         projection: `x down^T`, `(..., rank)`, constant; None where neither factor needs a gradient.
         working: holds the weight, refreshed for this forward pass.
+        scale: what the current block counts with in that weight.
 
     Returns:
         `(..., out)`.
@@ -40,29 +48,39 @@ def folded_linear(
     Raises:
         UnsupportedError: in the backward pass, when the working weight was rebuilt since.
     """
-    return cast(Tensor, _FoldedLinear.apply(x, up, down, bias, projection, working))  # type: ignore[no-untyped-call]
+    result = _FoldedLinear.apply(x, up, down, bias, projection, working, scale)  # type: ignore[no-untyped-call]
+    return cast(Tensor, result)
 
 
 def factored_branch(
-    y: Tensor, x: Tensor, up: Tensor, down: Tensor, *, projection: Tensor, up_all: Tensor, down_all: Tensor
+    y: Tensor,
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    projection: Tensor,
+    columns: tuple[Tensor, Tensor],
+    scale: float = 1.0,
 ) -> Tensor:
     """Add the low-rank branch to a base layer's output, thin products in the precision of the factors.
 
     Args:
         y: `(..., out)`, what the base layer gave.
         x: `(..., in)`, what it read.
-        up: `(out, rank)`, the current block, the last `rank` columns of `up_all`.
+        up: `(out, rank)`, the current block, the last `rank` columns of `up_all` but for `scale`.
         down: `(rank, in)`, the last rows of `down_all`.
         projection: `x down_all^T`, `(..., total_rank)`, constant.
-        up_all: `(out, total_rank)`, past (scaled) and current columns, constant.
-        down_all: `(total_rank, in)`, past and current rows, constant.
+        columns: `down_all (total_rank, in)`, past and current rows, and `up_all (out, total_rank)`, past and current
+            columns, scaled; constant.
+        scale: what the current block counts with.
 
     Returns:
         `(..., out)` in the dtype of `y`, rounded once.
     """
+    down_all, up_all = columns
     if not torch.is_grad_enabled():
         return _add_branch(y, projection, up_all)
-    result = _FactoredBranch.apply(y, x, up, down, projection, up_all, down_all)  # type: ignore[no-untyped-call]
+    result = _FactoredBranch.apply(y, x, up, down, projection, up_all, down_all, scale)  # type: ignore[no-untyped-call]
     return cast(Tensor, result)
 
 
@@ -77,8 +95,14 @@ def _narrow(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def _factor_gradients(
-    gradient: Tensor, needs: tuple[bool, bool], projection: Tensor | None, up: Tensor, x: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+    gradient: Tensor,
+    needs: tuple[bool, bool],
+    projection: Tensor | None,
+    up: Tensor,
+    x: Tensor | None,
+    *,
+    scale: float,
+) -> list[Tensor | None]:
     """Return the gradients of `up` and `down` from `g (..., out)`; two thin products."""
     flat = gradient.reshape(-1, gradient.shape[-1])
     up_gradient = down_gradient = None
@@ -88,7 +112,8 @@ def _factor_gradients(
     if needs[1] and x is not None:
         back = _narrow(flat, up).T @ flat.T
         down_gradient = (back @ _narrow(flat, x.reshape(-1, x.shape[-1]))).to(up.dtype)
-    return up_gradient, down_gradient
+    found = [up_gradient, down_gradient]
+    return found if scale == 1.0 else [None if factor is None else factor.mul_(scale) for factor in found]
 
 
 class _FoldedLinear(torch.autograd.Function):
@@ -101,6 +126,7 @@ class _FoldedLinear(torch.autograd.Function):
         bias: Tensor | None,
         projection: Tensor | None,
         working: WorkingWeight,
+        scale: float,
     ) -> Tensor:
         needs_x, needs_up, needs_down = ctx.needs_input_grad[:3]
         ctx.set_materialize_grads(False)
@@ -108,7 +134,7 @@ class _FoldedLinear(torch.autograd.Function):
         # The weight is overwritten at the next step, so it is held beside the saved tensors with its own stamp.
         ctx.weight = working.weight_as(x.dtype) if needs_x else None
         ctx.working, ctx.generation = working, working.generation
-        ctx.up_dtype = up.dtype
+        ctx.up_dtype, ctx.scale = up.dtype, scale
         with without_autocast(x.device):
             return functional.linear(x, working.weight_as(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -116,7 +142,7 @@ class _FoldedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None) -> Gradients:
         if gradient is None:
-            return (None,) * 6
+            return (None,) * 7
         if ctx.weight is not None:
             ctx.working.require(ctx.generation, changed="factors")
         x, up, projection = ctx.saved_tensors
@@ -124,10 +150,11 @@ class _FoldedLinear(torch.autograd.Function):
         with without_autocast(gradient.device):
             x_gradient = gradient @ ctx.weight if needs_x else None
             reference = gradient.new_empty(0, dtype=ctx.up_dtype) if up is None else up
-            factors = _factor_gradients(gradient, (needs_up, needs_down), projection, reference, x)
+            needs = needs_up, needs_down
+            factors = _factor_gradients(gradient, needs, projection, reference, x, scale=ctx.scale)
             flat = gradient.reshape(-1, gradient.shape[-1])
             bias_gradient = flat.sum(0) if needs_bias else None
-        return x_gradient, *factors, bias_gradient, None, None
+        return x_gradient, *factors, bias_gradient, None, None, None
 
 
 class _FactoredBranch(torch.autograd.Function):
@@ -141,6 +168,7 @@ class _FactoredBranch(torch.autograd.Function):
         projection: Tensor,
         up_all: Tensor,
         down_all: Tensor,
+        scale: float,
     ) -> Tensor:
         _, needs_x, needs_up, needs_down = ctx.needs_input_grad[:4]
         ctx.set_materialize_grads(False)
@@ -153,14 +181,14 @@ class _FactoredBranch(torch.autograd.Function):
             up_all if needs_x else None,
             down_all if needs_x else None,
         )
-        ctx.compute, ctx.x_dtype, ctx.up_dtype = projection.dtype, x.dtype, up.dtype
+        ctx.compute, ctx.x_dtype, ctx.up_dtype, ctx.scale = projection.dtype, x.dtype, up.dtype, scale
         return _add_branch(y, projection, up_all)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None) -> Gradients:
         if gradient is None:
-            return (None,) * 7
+            return (None,) * 8
         x, up, current, up_all, down_all = ctx.saved_tensors
         _, needs_x, needs_up, needs_down = ctx.needs_input_grad[:4]
         with without_autocast(gradient.device):
@@ -169,5 +197,5 @@ class _FactoredBranch(torch.autograd.Function):
             if needs_x:
                 x_gradient = ((wide @ _narrow(wide, up_all)) @ _narrow(wide, down_all)).to(ctx.x_dtype)
             reference = gradient.new_empty(0, dtype=ctx.up_dtype) if up is None else up
-            factors = _factor_gradients(wide, (needs_up, needs_down), current, reference, x)
-        return gradient, x_gradient, *factors, None, None, None
+            factors = _factor_gradients(wide, (needs_up, needs_down), current, reference, x, scale=ctx.scale)
+        return gradient, x_gradient, *factors, None, None, None, None

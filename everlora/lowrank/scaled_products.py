@@ -18,7 +18,15 @@ from everlora.errors import OptionError, nearest
 from everlora.lowrank.precision import without_autocast
 from everlora.lowrank.working import PastFactors, WorkingWeight
 
-__all__ = ["GRADIENT_FORMS", "Branches", "factored_scaled", "folded_scaled", "known_form", "takes_dense"]
+__all__ = [
+    "GRADIENT_FORMS",
+    "Branches",
+    "factored_scaled",
+    "folded_scaled",
+    "known_form",
+    "sum_by_block",
+    "takes_dense",
+]
 
 GRADIENT_FORMS = ("auto", "thin", "dense")
 _THIN_COST = 1.2  # a multiply-add of a thin product over one of a full product, measured on a CPU at widths 384, 768
@@ -109,8 +117,18 @@ def _row_products(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype).mul_(right).sum(1)
 
 
-def _summed(columns: Tensor, past: PastFactors, last: Tensor, like: Tensor) -> Tensor:
-    """Sum what the columns of the past receive by block, and put the current block's share behind."""
+def sum_by_block(columns: Tensor, past: PastFactors, last: Tensor, like: Tensor) -> Tensor:
+    """Sum what the columns of the past receive by block, and put the current block's share behind.
+
+    Args:
+        columns: `(total_rank,)`.
+        past: says which block each belongs to.
+        last: the current block's share, a scalar.
+        like: `(blocks + 1,)`, the coefficients.
+
+    Returns:
+        `(blocks + 1,)`, dtype and device of `like`.
+    """
     total = torch.zeros_like(like)
     total.index_add_(0, past.columns, columns.to(total.dtype))
     total[-1] = last
@@ -131,7 +149,7 @@ def _dense(g: Tensor, x: Tensor, branches: Branches, needs: _Needs) -> Gradients
     shares = None
     if needs.coefficients:
         columns = _row_products(past.up.T @ full, past.down, up.dtype)
-        shares = _summed(columns, past, (back * down).sum(), coefficients)
+        shares = sum_by_block(columns, past, (back * down).sum(), coefficients)
     up_gradient = (full @ down.T).mul_(coefficients[-1]) if needs.up else None
     return up_gradient, back.mul_(coefficients[-1]) if needs.down else None, shares
 
@@ -154,7 +172,8 @@ def _thin(g: Tensor, x: Tensor, branches: Branches, needs: _Needs, products: _Pa
     shares = None
     if needs.coefficients:
         inner, outer = _past_products(g, x, past) if products is None else products
-        shares = _summed(_row_products(outer, inner, up.dtype), past, (forth.to(up.dtype) * back).sum(), coefficients)
+        columns, last = _row_products(outer, inner, up.dtype), (forth.to(up.dtype) * back).sum()
+        shares = sum_by_block(columns, past, last, coefficients)
     up_gradient = (forth @ g).to(up.dtype).mul_(coefficients[-1]).T.contiguous() if needs.up else None
     return up_gradient, (back @ x).to(up.dtype).mul_(coefficients[-1]) if needs.down else None, shares
 

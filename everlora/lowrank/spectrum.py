@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from everlora.errors import NumericError, ShapeError
+from everlora.lowrank.tridiagonal import Tridiagonal
 
 __all__ = [
     "Complement",
@@ -24,6 +26,8 @@ __all__ = [
     "spectrum",
     "total_energy",
 ]
+
+First = Callable[[int], Tensor]  # takes n to the eigenvectors of the n largest eigenvalues, `(k, n)`
 
 # Relative size under which an eigenvalue of the squared problem is no longer resolved well in float64.
 _RESOLVED = 1e-10
@@ -101,11 +105,12 @@ def complete(occupied: Tensor) -> Tensor:
 
     A deterministic function of its argument: the trailing columns of the complete Householder QR, in float64.
     """
-    count = occupied.shape[1]
+    dim, count = occupied.shape
     if count == 0:
-        return torch.eye(occupied.shape[0], dtype=occupied.dtype, device=occupied.device)
-    orthogonal: Tensor = torch.linalg.qr(occupied, mode="complete")[0]
-    return orthogonal[:, count:].contiguous()
+        return torch.eye(dim, dtype=occupied.dtype, device=occupied.device)
+    # The reflectors on the wanted unit vectors alone; the complete factor would be multiplied out for all of them.
+    units = torch.eye(dim, dtype=occupied.dtype, device=occupied.device)[:, count:]
+    return torch.ormqr(*torch.geqrf(occupied), units).contiguous()
 
 
 def orient(columns: Tensor) -> Tensor:
@@ -162,23 +167,22 @@ class Spectrum:
 
     Args:
         values: `(k,)` eigenvalues, descending and not negative.
-        vectors: `(k, k)`, orthonormal columns in coordinates of the free space, in any order.
-        order: `(k,)`, which column belongs to which value.
+        first: takes n to the eigenvectors of the first n values, `(k, n)` orthonormal columns in coordinates of the
+            free space.
         complement: takes `(k, n)` to `(dim, n)`.
     """
 
     values: Tensor
-    vectors: Tensor
-    order: Tensor
+    first: First
     complement: Complement
 
     def leading(self, count: int) -> Tensor:
         """Return the first directions, `(dim, count)`, oriented as `orient` does."""
-        return orient(self.complement.embed(self.vectors[:, self.order[:count]]))
+        return orient(self.complement.embed(self.first(count)))
 
 
 def spectrum(moment: Tensor, occupied: Tensor, *, squared: bool, resolve: int | None = None) -> Spectrum:
-    """Decompose a second moment wholly as it acts on the free space, largest first.
+    """Find all eigenvalues of a second moment as it acts on the free space, largest first.
 
     Args:
         moment: `C`, `(dim, dim)` symmetric float64.
@@ -188,61 +192,97 @@ def spectrum(moment: Tensor, occupied: Tensor, *, squared: bool, resolve: int | 
             the squared problem cannot give that, singular values of `C F` are taken instead.
 
     Returns:
-        Eigenvalues and directions; the directions are multiplied out when asked for.
+        Eigenvalues and directions; the directions are computed when asked for, on the CPU those asked for alone.
 
-    Cost: `O(dim^2 k + k^3)`; the singular values, where needed, about twice that.
+    Cost: `O(dim^2 k + k^3)`; the singular values, where needed, several times that.
     """
     complement = Complement(occupied)
     if occupied.shape[1] == 0:
         # C and C^2 share eigenvectors: no need to square, hence no digits lost.
-        values, vectors = _symmetric(moment)
-        values = values.square() if squared else values
+        values, first = _symmetric(moment)
+        if squared:
+            values, first = _by_magnitude(values, first)
     elif occupied.shape[1] == moment.shape[0]:
-        values, vectors = moment.new_zeros(0), moment.new_zeros(0, 0)
+        values, first = _known(moment.new_zeros(0), moment.new_zeros(0, 0))
     elif squared:
-        values, vectors = _squared(complement.restrict(moment), resolve)
+        values, first = _squared(complement.restrict(moment), resolve)
     else:
-        values, vectors = _symmetric(complement.restrict(complement.restrict(moment).T))
-    order = values.argsort(descending=True, stable=True)
-    return Spectrum(values[order].clamp_min(0.0), vectors, order, complement)
+        values, first = _symmetric(complement.restrict(complement.restrict(moment).T))
+    return Spectrum(values.clamp_min(0.0), first, complement)
 
 
 def lower_gram(product: Tensor) -> Tensor:
     """Return `(k, k)` whose lower triangle is that of `product.T @ product`; above the diagonal lies no meaning.
 
-    A symmetric eigen-solver reads no more, and four tenths of the whole product are saved.
+    A symmetric eigen-solver reads no more, and four tenths of the whole product are saved. In column-major order, as
+    eigen-solvers take it.
     """
     count = product.shape[1]
     gram = product.new_zeros(count, count)
     step = max(-(-count // 6), 64)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        gram[start:stop, :stop] = product[:, start:stop].T @ product[:, :stop]
-    return gram
+        gram[:stop, start:stop] = product[:, :stop].T @ product[:, start:stop]
+    return gram.T
 
 
-def _symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors by the lower triangle; by singular values when the eigen-solver gives up."""
+def _known(values: Tensor, vectors: Tensor) -> tuple[Tensor, First]:
+    """Sort what a decomposition gave, largest first."""
+    order = values.argsort(descending=True, stable=True)
+    return values[order], lambda count: vectors[:, order[:count]]
+
+
+def _by_magnitude(values: Tensor, first: First) -> tuple[Tensor, First]:
+    """Square the eigenvalues; a negative one, of rounding or of no second moment at all, may move forward."""
+    squares = values.square()
+    order = squares.argsort(descending=True, stable=True)
+
+    def moved(count: int) -> Tensor:
+        reached = int(order[:count].max()) + 1 if count else 0
+        return first(reached)[:, order[:count]]
+
+    return squares[order], moved
+
+
+def _symmetric(matrix: Tensor) -> tuple[Tensor, First]:
+    """Eigenvalues and eigenvectors by the lower triangle; by singular values when the eigen-solvers give up."""
     try:
-        values, vectors = torch.linalg.eigh(matrix, UPLO="L")
+        return _solved(matrix)
     except LinAlgError:
         lower = matrix.tril()
         matrix = lower + lower.T - torch.diag(matrix.diagonal())
         vectors, _, _ = torch.linalg.svd(matrix)
-        values = (vectors * (matrix @ vectors)).sum(0)
-    return values, vectors
+        return _known((vectors * (matrix @ vectors)).sum(0), vectors)
 
 
-def _squared(product: Tensor, resolve: int | None) -> tuple[Tensor, Tensor]:
+def _solved(matrix: Tensor) -> tuple[Tensor, First]:
+    """Eigenvalues and eigenvectors by the lower triangle, the vectors when asked for where that is faster."""
+    if matrix.device.type != "cpu":
+        return _known(*torch.linalg.eigh(matrix, UPLO="L"))
+    try:
+        reduced = Tridiagonal(matrix)
+    except LinAlgError:
+        return _known(*torch.linalg.eigh(matrix, UPLO="L"))
+
+    def first(count: int) -> Tensor:
+        try:
+            return reduced.leading(count)
+        except LinAlgError:
+            return _known(*torch.linalg.eigh(matrix, UPLO="L"))[1](count)
+
+    return reduced.values, first
+
+
+def _squared(product: Tensor, resolve: int | None) -> tuple[Tensor, First]:
     """Right singular vectors of `product (dim, k)` and squared singular values."""
     if resolve is not None:
         try:
-            values, vectors = torch.linalg.eigh(lower_gram(product), UPLO="L")
+            values, first = _solved(lower_gram(product))
         except LinAlgError:
             resolve = None
         else:
             last = min(resolve, values.shape[0])
-            if last == 0 or values[-last] >= _RESOLVED * values[-1]:
-                return values, vectors
+            if last == 0 or values[last - 1] >= _RESOLVED * values[0]:
+                return values, first
     _, singular, right = torch.linalg.svd(product, full_matrices=False)
-    return singular.square(), right.T
+    return _known(singular.square(), right.T)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from everlora.errors import UnsupportedError
+from everlora.lowrank.grouped import add_product
 from everlora.lowrank.magnitudes import Magnitudes
 from everlora.lowrank.precision import full_precision, normal_mode
 from everlora.lowrank.sharing import InputGroup
@@ -19,7 +20,8 @@ __all__ = ["Block", "ConcatenatedFactors", "PastFactors", "WorkingWeight"]
 class Block(NamedTuple):
     """A sum of low-rank terms `up diag(scale) down`.
 
-    `down`: `(rank, in)`; `up`: `(out, rank)`; `scale`: `(rank,)`.
+    `down`: `(rank, in)`, or `(groups * rank, in)` for a convolution in groups; `up`: `(out, rank)`; `scale`:
+    `(rank,)`.
     """
 
     down: Tensor
@@ -41,7 +43,7 @@ class PastFactors(NamedTuple):
 class _Stamp:
     """Recognises whether these are the same tensors, not written since the stamp was made, without reading them.
 
-    A write through `tensor.data` leaves no trace; whoever does that calls `LowRankLinear.invalidate`.
+    A write through `tensor.data` leaves no trace; whoever does that calls `LowRankLayer.invalidate`.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -66,10 +68,15 @@ class WorkingWeight:
     block and rounds once to the dtype of the base. A step that changes only the current block costs one thin
     product; the past is folded again only when it changes. With magnitudes every step changes the past, and both are
     folded at once. `generation` counts the rebuilds.
+
+    Args:
+        groups: of the factors, see `everlora.lowrank.grouped`. The weight has the shape of the base: of a convolution,
+            the products are those of its kernels written as rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
         self.generation = 0
+        self.groups = groups
         self._past: Tensor | None = None
         self._weight: Tensor | None = None
         self._cast: Tensor | None = None
@@ -81,8 +88,11 @@ class WorkingWeight:
         self._past_stamp: _Stamp | None = None
         self._stamp: _Stamp | None = None
 
-    def refresh(self, base: Tensor, past: Block, down: Tensor, up: Tensor) -> Tensor:
-        """Bring the weight up to date and return it, `(out, in)` in the dtype of `base`; not to be written."""
+    def refresh(self, base: Tensor, past: Block, down: Tensor, up: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Bring the weight up to date and return it, shape and dtype of `base`; not to be written.
+
+        After a change of `scale`, what the current block counts with, call `invalidate`.
+        """
         past_kept = self._past_stamp is not None and self._past_stamp.fits(base, *past)
         if past_kept and self._stamp is not None and self._stamp.fits(down, up) and self._weight is not None:
             return self._weight
@@ -91,13 +101,13 @@ class WorkingWeight:
             if not past_kept or self._past_stamp is None:
                 folded.copy_(base)
                 if past.scale.numel():
-                    folded.addmm_((past.up * past.scale).to(folded.dtype), past.down.to(folded.dtype))
+                    self._add(folded, past.up * past.scale, past.down)
             if up.shape[1] == 0:
                 weight.copy_(folded)
             elif weight.dtype == folded.dtype:
-                torch.addmm(folded, up.to(folded.dtype), down.to(folded.dtype), out=weight)
+                self._add(folded, up, down, scale=scale, out=weight)
             else:
-                weight.copy_(torch.addmm(folded, up.to(folded.dtype), down.to(folded.dtype)))
+                weight.copy_(self._add(folded, up, down, scale=scale, out=torch.empty_like(folded)))
         self._past_stamp, self._stamp = _Stamp(base, *past), _Stamp(down, up)
         self.generation += 1
         return weight
@@ -116,17 +126,23 @@ class WorkingWeight:
             target = weight if weight.dtype == folded.dtype else folded
             wide = base.to(target.dtype)
             if past.columns.numel():
-                scaled = (past.up * coefficients[past.columns]).to(target.dtype)
-                torch.addmm(wide, scaled, past.down.to(target.dtype), out=target)
+                self._add(wide, past.up * coefficients[past.columns], past.down, out=target)
             else:
                 target.copy_(wide)
             if up.shape[1]:
-                target.addmm_((up * coefficients[-1]).to(target.dtype), down.to(target.dtype))
+                self._add(target, up * coefficients[-1], down)
             if target is not weight:
                 weight.copy_(target)
         self._past_stamp, self._stamp = None, _Stamp(*sources)
         self.generation += 1
         return weight
+
+    def _add(self, total: Tensor, up: Tensor, down: Tensor, *, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """Add a product of factors to a weight, in place without `out`; the weight that took it is returned."""
+        up, down = up.to(total.dtype), down.to(total.dtype)
+        flat = None if out is None else out.flatten(1)
+        add_product(total.flatten(1), up, down, groups=self.groups, scale=scale, out=flat)
+        return total if out is None else out
 
     def require(self, generation: int, *, changed: str) -> None:
         """Refuse a backward pass over a weight that is no longer the one of its forward pass.
@@ -186,10 +202,13 @@ class ConcatenatedFactors:
         self._down_stamp: _Stamp | None = None
         self._up_stamp: _Stamp | None = None
 
-    def refresh(self, past: Block, down: Tensor, up: Tensor, group: InputGroup | None) -> tuple[Tensor, Tensor]:
-        """Return `down_all (total_rank, in)` and `up_all (out, total_rank)`, the past scaled.
+    def refresh(
+        self, past: Block, down: Tensor, up: Tensor, group: InputGroup | None, *, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return `down_all (total_rank, in)` and `up_all (out, total_rank)`, past and current columns scaled.
 
-        With a group, members whose rows have the same values are given one tensor, so that they share its product.
+        After a change of `scale`, what the current block counts with, call `invalidate`. With a group, members whose
+        rows have the same values are given one tensor, so that they share its product.
         """
         down_parts, up_parts = (past.down, down), (past.up, past.scale, up)
         with normal_mode():
@@ -199,7 +218,8 @@ class ConcatenatedFactors:
                 self._down = joined if group is None or down.requires_grad else group.canonical(joined)
                 self._down_stamp = _Stamp(*down_parts)
             if self._up is None or self._up_stamp is None or not self._up_stamp.fits(*up_parts):
-                self._up = torch.cat([past.up * past.scale, up.detach()], dim=1)
+                current = up.detach() if scale == 1.0 else up.detach() * scale
+                self._up = torch.cat([past.up * past.scale, current], dim=1)
                 self._up_stamp = _Stamp(*up_parts)
         return self._down, self._up
 

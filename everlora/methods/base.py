@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from everlora.errors import DataError, UnsupportedError
 from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
-from everlora.lowrank import LowRankLinear
+from everlora.lowrank import AdaptedLayer
 
 __all__ = [
     "Batch",
@@ -288,7 +288,7 @@ class Method(ABC):
         head = self.head_rows()
         return self.encoder.num_parameters + sum(t.numel() for t in [*added.values(), head.weight, head.bias])
 
-    def layers(self) -> dict[str, LowRankLinear]:
+    def layers(self) -> dict[str, AdaptedLayer]:
         """Adapted layers by qualified name; empty for a frozen encoder."""
         return {}
 

@@ -21,12 +21,11 @@ from everlora.lowrank import (
     Block,
     Direction,
     DirectionSum,
-    LowRankLinear,
-    allocate_ranks,
+    LowRankLayer,
     direction_norm,
     fit_direction,
-    plan_merge,
 )
+from everlora.lowrank.compression import allocate_ranks, plan_merge
 from everlora.methods.base import State, task_key
 from everlora.methods.sealing import ADOPTED, AbsorptionRules, BoundaryRules, MergeRules, Origin, SealedBlocks
 
@@ -58,7 +57,7 @@ class DirectionHistory:
 
     def __init__(
         self,
-        layers: Mapping[str, LowRankLinear],
+        layers: Mapping[str, LowRankLayer],
         boundary: BoundaryRules,
         *,
         norm: Literal["fro", "factors"],
@@ -462,12 +461,12 @@ def _factor_key(origin: Origin, layer: str) -> str:
     return task_key(origin.merged_at, f"merged/{layer}/")
 
 
-def _base_norm(layer: LowRankLinear) -> float:
+def _base_norm(layer: LowRankLayer) -> float:
     weight = layer.weight.detach()
     return float(weight.float().norm()) if weight.is_floating_point() else 0.0
 
 
-def _empty(layer: LowRankLinear) -> Direction:
+def _empty(layer: LowRankLayer) -> Direction:
     like = layer.past_scale
     return Direction(like.new_zeros(0, layer.in_features), like.new_zeros(layer.out_features, 0))
 

@@ -1,10 +1,10 @@
 """InfLoRA: low-rank branches designed to lie outside the input space of old tasks (Liang & Li, CVPR 2024).
 
-Each adapted linear layer gets one branch `up @ down` per task. `down` is computed before training from the layer's
+Each adapted layer gets one branch `up @ down` per task. `down` is computed before training from the layer's
 inputs on the new task, restricted to the directions no old task occupies, and stays fixed; `up` starts at zero and is
 trained with the task's head by cross-entropy over the task's own classes. Afterwards the layer's inputs are measured
 again and a gradient memory (DualGPM) absorbs their dominant new directions. All branches act on every input, so no
-task identity and no old data are needed.
+task identity and no old data are needed. A convolution is a linear layer on the patches it reads.
 
 `inflora_opt` computes the same function with all earlier branches folded into one working weight.
 """
@@ -22,17 +22,18 @@ from torch import Tensor, nn
 from everlora.errors import NumericError, OptionError
 from everlora.heads import HeadRows, TaskHeads
 from everlora.lowrank import (
+    AdaptedLayer,
     ConstantThreshold,
     GeometricThreshold,
     GradientMemory,
     LinearThreshold,
-    LowRankLinear,
     SecondMoment,
     attach,
     input_groups,
     record_moments,
     share_down,
 )
+from everlora.lowrank.attach import require_one_group
 from everlora.methods.base import (
     Batch,
     Collect,
@@ -62,7 +63,8 @@ class InfLoRAOptions:
 
     Attributes:
         rank: rows of each task's `down`.
-        targets: name patterns of the layers to adapt; None takes keys and values.
+        targets: name patterns of the layers to adapt; None takes keys and values, or a convolutional network's
+            convolutions.
         threshold: how the energy threshold of the memory grows: `linear` needs `total_tasks` (official), `geometric`
             and `constant` are open-ended, `auto` takes `linear` when `total_tasks` is given and else `geometric`.
         threshold_start: threshold after the first task.
@@ -133,6 +135,7 @@ class InfLoRA(Method):
             forward_mode=options.forward_mode,
             train_down=False,
         )
+        require_one_group(self._layers, "the space of its inputs")
         self._groups: dict[str, list[str]] = {}
         self.memories: dict[str, GradientMemory] = {}
         self.aligner = aligner_of(options)
@@ -178,7 +181,7 @@ class InfLoRA(Method):
         ups = [layer.up for layer in self._layers.values() if layer.up.numel()]
         return {"adapter": ups, "head": list(self.heads.heads[-1].parameters())}
 
-    def layers(self) -> dict[str, LowRankLinear]:
+    def layers(self) -> dict[str, AdaptedLayer]:
         """The adapted layers."""
         return self._layers
 

@@ -1,8 +1,9 @@
 """SD-LoRA: one low-rank direction per task, with trainable magnitudes of all of them (Wu et al., ICLR 2025).
 
-Each adapted linear layer gets one direction `up @ down` per task, trained with the task's head by cross-entropy over
+Each adapted layer gets one direction `up @ down` per task, trained with the task's head by cross-entropy over
 the task's own classes and then frozen. The magnitudes, one scalar for each direction old and new, are trained in every
-task. No old data, no task identity, and one model at test time.
+task. No old data, no task identity, and one model at test time. A convolution is a linear layer on the patches that it
+reads.
 
 `sd_lora_rr` gives later tasks smaller ranks. `sd_lora_kd` absorbs a direction that the old ones already span: their
 magnitudes take it up and its factors are dropped.
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from everlora.errors import OptionError, TargetError, UnsupportedError
 from everlora.heads import HeadRows, TaskHeads
-from everlora.lowrank import Direction, LowRankLinear, attach
+from everlora.lowrank import AdaptedLayer, Direction, attach, find_targets
+from everlora.lowrank.attach import require_one_group
 from everlora.methods.base import (
     Batch,
     Collect,
@@ -82,7 +84,8 @@ class SDLoRAOptions:
         soft_eps: softening of the norm of the direction in training, for `current=normalised`.
         rank: of each task's direction, when there is no `rank_schedule`.
         rank_schedule: rank from a task on, such as 0: 10, 4: 8, 8: 6.
-        targets: name patterns of the layers to adapt; None takes queries and values.
+        targets: name patterns of the layers to adapt; None takes queries and values, or a convolutional network's
+            convolutions.
         kd: absorb a direction that the old ones span.
         kd_tau: threshold of the criterion; None takes 0.03 for `rho` and 0.0009 for `abs_sq`.
         kd_criterion: what is compared: the relative residual, or the squared residual of the normalised direction.
@@ -178,11 +181,12 @@ class SDLoRA(Method):
         self.heads = TaskHeads(encoder.feature_dim, "uniform" if options.head_init == "uniform" else "zeros")
         self._layers = attach(
             encoder.model,
-            options.targets or encoder.attention_targets("query", "value"),
+            options.targets or _default_targets(encoder),
             options.largest_rank(),
             forward_mode=options.forward_mode,
             generator=keyed_generator(seed, "attach"),
         )
+        require_one_group(self._layers, "the norm of a direction")
         for layer in self._layers.values():
             layer.start_block(0)  # nothing is trained before the first task
         self.past = DirectionHistory(
@@ -248,7 +252,7 @@ class SDLoRA(Method):
         magnitudes = [] if self.magnitudes is None else [self.magnitudes]
         return {"adapter": factors, "magnitudes": magnitudes, "head": list(self.heads.heads[-1].parameters())}
 
-    def layers(self) -> dict[str, LowRankLinear]:
+    def layers(self) -> dict[str, AdaptedLayer]:
         """The adapted layers."""
         return self._layers
 
@@ -334,6 +338,15 @@ class SDLoRA(Method):
             rows = torch.empty(head.weight.shape).uniform_(-bound, bound, generator=generator)
             with torch.no_grad():
                 head.weight.copy_(rows)
+
+
+def _default_targets(encoder: Encoder) -> tuple[str, ...]:
+    """Queries and values, or what is adapted by default where that is convolutions."""
+    convolutions = {name for name, module in encoder.model.named_modules() if isinstance(module, nn.Conv2d)}
+    # Vision transformers have one as well, for their patches, which is none of their targets.
+    if convolutions and convolutions.issuperset(find_targets(encoder.model, encoder.default_targets)):
+        return encoder.default_targets
+    return encoder.attention_targets("query", "value")
 
 
 def _check(options: SDLoRAOptions) -> None:

@@ -449,6 +449,7 @@ def test_a_failing_eigensolver_falls_back_on_singular_values(monkeypatch):
     def fail(*_args, **_kwargs):
         raise torch.linalg.LinAlgError("did not converge")
 
+    monkeypatch.setattr(spectrum_module, "Tridiagonal", fail)
     monkeypatch.setattr(spectrum_module.torch.linalg, "eigh", fail)
     for energy, (design, count, protected) in expected.items():
         got = run(energy)
@@ -470,3 +471,21 @@ def test_outputs_follow_the_dtype_option_and_can_be_made_in_inference_mode():
     assert memory.last_added.dtype == F64
     memory.update(moment(6, seed=2), 0.9)
     down += 0  # an ordinary tensor
+
+
+def test_many_directions_and_slightly_skewed_ones_are_protected_orthonormally(monkeypatch):
+    memory = GradientMemory(60, first_task="reach", decomposition="full")
+    assert memory.update(moment(60, decay=0.1), 0.9) > 30
+    held = memory.last_added
+    assert torch.allclose(held.T @ held, torch.eye(held.shape[1], dtype=F64), atol=1e-13)
+    true = spectrum_module.Spectrum.leading
+
+    def skewed(self, count):
+        columns = true(self, count)
+        return columns + 1e-9 * columns.roll(1, 1)
+
+    monkeypatch.setattr(spectrum_module.Spectrum, "leading", skewed)
+    memory.update(moment(60, seed=2, decay=0.1), 0.95)
+    held = memory.state_dict()["occupied"]
+    assert memory.last_added.shape[1] > 1
+    assert torch.allclose(held.T @ held, torch.eye(held.shape[1], dtype=F64), atol=1e-13)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from everlora.errors import NumericError
+from everlora.lowrank import spectrum as spectrum_module
 from everlora.lowrank.spectrum import Complement, as_symmetric, complete, lower_gram, spectrum
 
 F64 = torch.float64
@@ -67,3 +68,52 @@ def test_an_exactly_symmetric_moment_is_taken_as_it_is_and_the_rest_is_checked()
         broken[2, 2] = bad
         with pytest.raises(NumericError, match="NaN or infinity"):
             as_symmetric(broken, 6, CPU)
+
+
+def gap(left, right):
+    return float(torch.linalg.matrix_norm(left @ left.T - right @ right.T, 2))
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("held", [0, 3])
+@pytest.mark.parametrize("broken", ["construction", "vectors", "both solvers"])
+def test_where_the_tridiagonal_form_fails_the_whole_decomposition_gives_the_same(monkeypatch, squared, held, broken):
+    root = normal(14, 14, seed=4)
+    moment, occupied = root @ root.T, columns(14, held)
+    expected = spectrum(moment, occupied, squared=squared, resolve=4)
+    directions = expected.leading(4)
+    calls = []
+
+    def fail(*_args, **_kwargs):
+        calls.append(1)
+        raise torch.linalg.LinAlgError("did not converge")
+
+    part = "leading" if broken == "vectors" else "__init__"
+    monkeypatch.setattr(spectrum_module.Tridiagonal, part, fail)
+    if broken == "both solvers":
+        monkeypatch.setattr(spectrum_module.torch.linalg, "eigh", fail)
+    found = spectrum(moment, occupied, squared=squared, resolve=4)
+    assert torch.allclose(found.values, expected.values, atol=1e-10 * float(expected.values[0]))
+    assert gap(found.leading(4), directions) < 1e-9
+    assert len(calls) == (2 if broken == "both solvers" else 1)
+
+
+def test_squares_of_negative_eigenvalues_take_their_place():
+    moment = torch.diag(torch.tensor([3.0, -2.0, 1.0, 0.5, -4.0], dtype=F64))
+    found = spectrum(moment, moment[:, :0], squared=True)
+    assert torch.allclose(found.values, torch.tensor([16.0, 9.0, 4.0, 1.0, 0.25], dtype=F64))
+    for count, order in ((1, [4]), (2, [4, 0]), (4, [4, 0, 1, 2]), (0, [])):
+        assert torch.allclose(found.leading(count), torch.eye(5, dtype=F64)[:, order], atol=1e-14)
+
+
+@pytest.mark.parametrize("held", [0, 4, 60])
+@pytest.mark.parametrize("share", [3, 20, 50])
+def test_directions_of_clustered_and_deficient_moments_span_what_eigh_finds(held, share):
+    basis, values = columns(120, 120, seed=9), torch.zeros(120, dtype=F64)
+    values[:share] = 2.0
+    values[share : share + 5] = 1.0 + 1e-13 * torch.arange(5, dtype=F64)
+    moment, occupied = (basis * values) @ basis.T, basis[:, 120 - held :]
+    moment = (moment + moment.T) / 2
+    for count in (share, share + 5):
+        found = spectrum(moment, occupied, squared=True, resolve=0).leading(count)
+        assert gap(found, torch.linalg.eigh(moment)[1][:, -count:]) < 1e-9
