@@ -33,7 +33,8 @@ def read_adapter(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
             was saved beside the factors is left out.
 
     Returns:
-        Layer name to `(down, up)`, `(rank, in)` and `(out, rank)`, PEFT's scaling inside `up`.
+        Layer name to `(down, up)`, `(rank, in)` and `(out, rank)`, PEFT's scaling inside `up`; kernels of convolutions
+        as rows.
 
     Raises:
         StoreError: a file is missing or damaged, or holds other tensors.
@@ -55,7 +56,7 @@ def read_adapter(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     left_out = len(tensors) - 2 * len(factors)
     if left_out:
         logger.info("%d tensors of %s are no low-rank factors and are left out", left_out, folder)
-    return {name: (down, up * scalings[name]) for name, (down, up) in factors.items()}
+    return {name: (down.flatten(1), up.flatten(1) * scalings[name]) for name, (down, up) in factors.items()}
 
 
 def adopt_adapter(method: Method, model: nn.Module, folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from everlora.adapters import adopt_at_start, with_full_path
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
 from everlora.errors import DataError, OptionError, nearest
 from everlora.evaluation import Evaluator
-from everlora.export import ExportHead, ExportReport, export_merged, export_peft
+from everlora.export import ExportHead, ExportReport, choose_task, export_merged, export_peft, network_of
 from everlora.kept_rows import KEPT_FILE, pack_rows, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
@@ -251,12 +251,16 @@ class Learner:
         evaluator = self._evaluator()
         return [self._count(evaluator, index, rows) for index, rows in tasks]
 
-    def export(self, path: str | Path, format: str = "merged", *, max_rank: int | None = None) -> ExportReport:
+    def export(
+        self, path: str | Path, format: str = "merged", *, task: str | int | None = None, max_rank: int | None = None
+    ) -> ExportReport:
         """Hand the model on to plain tools.
 
         Args:
             path: a new folder.
             format: `merged`, an ordinary model of the base's own kind, or `peft`, an adapter for the base.
+            task: name or number of the task whose network is meant, where each task has one of its own; may be left
+                out while there is one task.
             max_rank: of a `peft` adapter; layers of a higher total rank are cut to it, at the least error.
 
         Returns:
@@ -264,7 +268,8 @@ class Learner:
             of each layer that was cut.
 
         Raises:
-            OptionError: unknown format, or a rank that is not positive or not for this format.
+            OptionError: unknown format or task, a task where all share one network or none where each has its own, or
+                a rank that is not positive or not for this format.
             DataError: nothing was learned yet.
             UnsupportedError: the model or the method cannot be written in this form.
         """
@@ -272,15 +277,21 @@ class Learner:
         writers = {"merged": export_merged, "peft": export_peft}
         if format not in writers:
             raise OptionError(f"there is no export format '{format}'; {nearest(format, writers)}")
-        rows = self.method.head_rows()
-        labels = tuple(self.classes[c] for c in rows.classes)
-        head = ExportHead(rows.weight.numpy(), rows.bias.numpy(), labels, normalize=rows.normalize)
         options: dict[str, Any] = {}
         if max_rank is not None:
             if format != "peft":
                 raise OptionError(f"max_rank is for format='peft', found '{format}', which has no rank; leave it out.")
             options["max_rank"] = max_rank
-        return writers[format](self.backbone, self.method.layers(), head, path, card=self.card(), **options)
+        names = [entry.name for entry in self.tasks]
+        index = choose_task(self.method, names, None if task is None else self._task_index(task))
+        card = self.card()
+        if index is not None:
+            card["tasks"] = [card["tasks"][index]]
+        with network_of(self.method, index):
+            rows = self.method.head_rows()
+            labels = tuple(self.classes[c] for c in rows.classes)
+            head = ExportHead(rows.weight.numpy(), rows.bias.numpy(), labels, normalize=rows.normalize)
+            return writers[format](self.backbone, self.method.layers(), head, path, card=card, **options)
 
     def rollback(self, to_task: int) -> tuple[TaskEntry, ...]:
         """Go back to the moment after the first `to_task` tasks; later ones move to `removed/`.

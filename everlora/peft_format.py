@@ -1,13 +1,14 @@
 """The one place that knows how PEFT names low-rank factors; imports no torch.
 
 PEFT calls the down-projection `lora_A` and the up-projection `lora_B`; everything else in everlora says `down` and
-`up`. A layer's output gains `scaling * B A x`, and `scaling = lora_alpha / r` is 1 in every file written here.
+`up`. A layer's output gains `scaling * B A x` with `scaling = lora_alpha / r`, which is 1 unless alphas are given. The
+factors of a convolution are kernels, `(rank, in, k1, k2)` and `(out, rank, 1, 1)`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from everlora.errors import StoreError, UnsupportedError
@@ -18,6 +19,8 @@ __all__ = [
     "from_peft_tensors",
     "lora_config",
     "lora_scalings",
+    "module_tensors",
+    "saved_modules",
     "to_peft_tensors",
 ]
 
@@ -74,6 +77,27 @@ def from_peft_tensors(tensors: Mapping[str, Array]) -> dict[str, tuple[Array, Ar
     return {layer: (halves[layer][_DOWN], halves[layer][_UP]) for layer in sorted(halves)}
 
 
+def saved_modules(wanted: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Return which modules PEFT keeps whole when `modules_to_save` names some: all whose names end like one of those.
+
+    Args:
+        wanted: names in `modules_to_save`.
+        modules: qualified names of all modules of the base model.
+    """
+    endings = tuple(wanted)
+    return [name for name in modules if name.endswith(endings)] if endings else []
+
+
+def module_tensors(module: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Name the tensors of a module that is kept whole the way PEFT does, running statistics included.
+
+    Args:
+        module: its qualified name in the base model.
+        tensors: its state.
+    """
+    return {f"{_PREFIX}{module}.{name}": tensor for name, tensor in tensors.items()}
+
+
 def lora_scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
     """Read from an `adapter_config.json` what PEFT multiplies the product of each layer's factors with.
 
@@ -119,6 +143,9 @@ def lora_config(
     base_model: str | None = None,
     base_class: tuple[str, str] | None = None,
     transposed: bool = False,
+    alphas: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] = (),
+    modules: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Describe factors as the content of PEFT's `adapter_config.json`.
 
@@ -128,9 +155,12 @@ def lora_config(
         base_class: name and module of the base model's class, for PEFT's `AutoPeftModel`.
         transposed: the base layers hold their weights as `(in, out)`, which PEFT wants to know; factors are written
             the same way in either case.
+        alphas: layer name to `lora_alpha`; None for `lora_alpha = r` throughout, so that PEFT's scaling is 1.
+        modules_to_save: names of the modules that are kept whole beside the factors, see `saved_modules`.
+        modules: names of all modules of the base model; those that end like an adapted layer are told apart from it.
 
     Returns:
-        A JSON-ready dict with `lora_alpha = r` throughout, so that PEFT's scaling is 1.
+        A JSON-ready dict.
 
     Raises:
         UnsupportedError: no layer has a rank above 0.
@@ -139,27 +169,46 @@ def lora_config(
     if not present:
         raise UnsupportedError("a PEFT adapter needs low-rank factors, and no layer has any; export merged instead")
     largest = max(present.values())
-    # PEFT reads the keys of a pattern as regular expressions.
-    pattern = {re.escape(layer): rank for layer, rank in present.items() if rank != largest}
+    wanted = present if alphas is None else {layer: alphas[layer] for layer in present}
+    alpha = wanted[max(present, key=present.__getitem__)]
     auto_mapping = None
     if base_class is not None:
         auto_mapping = {"base_model_class": base_class[0], "parent_library": base_class[1]}
     return {
-        "alpha_pattern": pattern,
+        "alpha_pattern": _pattern(wanted, alpha),
         "auto_mapping": auto_mapping,
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": largest,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save) or None,
         "peft_type": "LORA",
         "r": largest,
-        "rank_pattern": pattern,
-        "target_modules": list(present),
+        "rank_pattern": _pattern(present, largest),
+        "target_modules": _targets(present, modules),
         "task_type": None,
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
+    """The layers as PEFT takes them: by name, or as one expression where names would select other modules, too."""
+    names = list(layers)
+    others = set(modules) - set(names)
+    if any(other.endswith(tuple(f".{name}" for name in names)) for other in others):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Those values that are not the default; PEFT reads the keys of a pattern as expressions for the end of a name."""
+    pattern = {}
+    for layer, value in values.items():
+        if value != default:
+            ends_others = any(other.endswith(f".{layer}") for other in values)
+            pattern[("^" if ends_others else "") + re.escape(layer)] = value
+    return pattern

@@ -2,6 +2,7 @@
 
 `Method.state` is one flat mapping. Entries under `tasks/000/` were added by that task and are written once, in its
 folder: low-rank factors in PEFT's own layout, other tensors in `added.safetensors`, plain values in the task's record.
+A task's value `alphas`, layer to number, says that its factors count with alpha over rank instead of 1.
 Everything else is what the method carries on, and goes to `state/000`.
 """
 
@@ -72,9 +73,9 @@ def split_state(state: Mapping[str, Any], index: int) -> TaskFiles:
     if factors:
         pairs = {layer: (_array(sides["down"]), _array(sides["up"])) for layer, sides in factors.items()}
         files.arrays[ADAPTER_WEIGHTS] = to_peft_tensors(pairs)
-        ranks = {layer: len(down) for layer, (down, _) in pairs.items()}
+        ranks = {layer: up.shape[1] for layer, (_, up) in pairs.items()}
         if any(ranks.values()):  # a task without a single free direction has no adapter that PEFT could describe
-            files.documents[ADAPTER_CONFIG] = lora_config(ranks)
+            files.documents[ADAPTER_CONFIG] = lora_config(ranks, alphas=files.values.get("alphas"))
     return files
 
 

@@ -27,8 +27,11 @@ ALSO_PLAIN_WORDS = {"independent", "joint", "probe", "replay", "seq", "sequentia
 
 # Names that mean something else than the method or the data set: file -> words, each a regular expression.
 OTHER_MEANINGS = {
-    "backbones/cifar_resnet.py": r"_?cifar_?resnet|cifar residual network",  # the name of an architecture
+    "backbones/cifar_network.py": r"cifarresnet",  # the name of an architecture
+    "backbones/cifar_resnet.py": r"_?cifar_?resnet|cifar residual network",
     "backbones/load.py": r"_?cifar_?resnet|cifar residual network",
+    "export/cifar_resnet.py": r"_?cifar_?(resnet|network)",
+    "export/write.py": r"cifarresnet",
     "metrics/matrix.py": r"^joint$",  # an upper bound that figures are compared with
     "metrics/printed.py": r"^inflora$",  # the public code whose way of printing is meant
     "weights/__init__.py": r"^vit-tiny-imagenet-32$",  # the name of a network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -13,6 +14,8 @@ from everlora.errors import ModelError
 __all__ = ["resolve_source"]
 
 _PACKAGE_PREFIX = "package:"
+_SHARED_PREFIX = "shared:"
+_SHARED_VARIABLE = "EVERLORA_SHARED"
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -20,8 +23,9 @@ def resolve_source(source: str | Path) -> Path:
     """Find the local folder of a model; a hub id is downloaded when it is not in the hub's cache.
 
     Args:
-        source: a local folder, a hub id `owner/name`, `"packaged"` for the network that comes with everlora, or
-            `"package:<python package>/<folder>"` for one that lies inside an installed package.
+        source: a local folder, a hub id `owner/name`, `"packaged"` for the network that comes with everlora,
+            `"package:<python package>/<folder>"` for one that lies inside an installed package, or
+            `"shared:<folder>"` for one below `$EVERLORA_SHARED/models` (`../shared/models` without the variable).
 
     Raises:
         ModelError: nothing is found under that name.
@@ -31,6 +35,8 @@ def resolve_source(source: str | Path) -> Path:
         return _packaged()
     if text.startswith(_PACKAGE_PREFIX):
         return _inside_package(text)
+    if text.startswith(_SHARED_PREFIX):
+        return _among_shared(text)
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -71,6 +77,19 @@ def _inside_package(text: str) -> Path:
         if (folder := Path(place) / inner).is_dir():
             return folder
     raise ModelError(f"expected the folder {inner} in package {package}, found none; check the name in {text!r}")
+
+
+def _among_shared(text: str) -> Path:
+    inner = text.removeprefix(_SHARED_PREFIX)
+    if not Path(inner).parts or ".." in Path(inner).parts or Path(inner).is_absolute():
+        raise ModelError(f"expected shared:<folder>, found {text!r}; name a folder of shared models")
+    folder = Path(os.environ.get(_SHARED_VARIABLE, os.path.join(os.pardir, "shared"))) / "models" / inner
+    if not folder.is_dir():
+        raise ModelError(
+            f"expected the folder models/{inner} below ${_SHARED_VARIABLE} for {text!r}, found none; set the variable "
+            "to the folder that holds models/, or name the model's own folder"
+        )
+    return folder
 
 
 def _from_hub(name: str) -> Path:

@@ -69,8 +69,12 @@ def export(
     model: BaseModel = None,
     layout: Annotated[
         str,
-        typer.Option("--format", help="merged: a plain transformers model; peft: an adapter folder for PEFT."),
+        typer.Option("--format", help="merged: a plain model of the base's kind; peft: an adapter folder for PEFT."),
     ] = "merged",
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="Name of the task to export, where each has a network of its own."),
+    ] = None,
     max_rank: Annotated[
         int | None,
         typer.Option(
@@ -85,8 +89,8 @@ def export(
         from everlora.learner import Learner
 
         learner = Learner.open(folder, model=model)
-        limits = {} if max_rank is None else {"max_rank": max_rank}
-        written = learner.export(target, format=layout, **limits)
+        given: dict[str, Any] = {"task": task, "max_rank": max_rank}
+        written = learner.export(target, format=layout, **{k: v for k, v in given.items() if v is not None})
     if as_json:
         output.emit_json({"format": layout, **output.plain(written)})
         return

@@ -6,10 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import transformers
-
 import everlora
-from everlora.export.snippet import Snippet
+from everlora.export.layout import Layout
 
 __all__ = ["write_card"]
 
@@ -17,7 +15,7 @@ _FACTS = (("Method", "method"), ("Scenario", "scenario"), ("Base model", "base_m
 
 
 def write_card(
-    snippet: Snippet,
+    layout: Layout,
     card: Mapping[str, Any],
     *,
     max_difference: float | None,
@@ -26,7 +24,7 @@ def write_card(
     """Compose the README of an export.
 
     Args:
-        snippet: the code that loads it.
+        layout: what was written, and the code that loads it.
         card: what the learner says of itself: `method`, `scenario`, `base_model`, `base_sha256`, and `tasks`, a list
             of mappings with `name` and `labels`; all optional.
         max_difference: largest difference of a logit from the learner's on the probe batch.
@@ -35,45 +33,39 @@ def write_card(
     Returns:
         Markdown.
     """
-    major = transformers.__version__.split(".")[0]
-    parts = [_front_matter(snippet), f"# {card.get('name') or 'A model taught in tasks'}", _summary(snippet)]
-    parts += [_facts(snippet, card, major, max_difference)]
+    parts = [_front_matter(layout), f"# {card.get('name') or 'A model taught in tasks'}", _summary(layout)]
+    parts += [_facts(layout, card, max_difference)]
     if truncation:
         parts += [
             f"The update of {len(truncation)} layers was cut to a lower rank, with a relative Frobenius error of at "
             f"most {max(truncation.values()):.3g}: the logits are not exactly the learner's."
         ]
-    parts += ["## How to load it", _requirements(snippet, major), f"```python\n{snippet.code()}\n```"]
-    if snippet.classifier is not None:
+    parts += ["## How to load it", layout.requirements(), f"```python\n{layout.code()}\n```"]
+    pipeline = layout.pipeline_code()
+    if pipeline is not None:
         parts += ["The same through a pipeline, which turns the logits into probabilities:"]
-        parts += [f"```python\n{snippet.pipeline_code()}\n```"]
-    parts += ["## Labels", _labels(snippet.head.classes), *_tasks(card.get("tasks") or ())]
+        parts += [f"```python\n{pipeline}\n```"]
+    parts += ["## Labels", _labels(layout.head.classes), *_tasks(card.get("tasks") or ())]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(snippet: Snippet) -> str:
-    library = "transformers" if snippet.base is None else "peft"
-    task = "image-classification" if snippet.backbone.modality == "image" else "text-classification"
+def _front_matter(layout: Layout) -> str:
+    library = layout.library if layout.base is None else "peft"
+    task = "image-classification" if layout.backbone.modality == "image" else "text-classification"
     tags = "\n".join(["tags:", "- everlora", "- continual-learning"])
     return f"---\nlibrary_name: {library}\npipeline_tag: {task}\n{tags}\n---"
 
 
-def _summary(snippet: Snippet) -> str:
-    if snippet.base is not None:
+def _summary(layout: Layout) -> str:
+    if layout.base is not None:
         return "A LoRA adapter for PEFT, with its classifier beside it in `head.safetensors` and `head.json`."
-    if snippet.classifier is not None:
-        return f"Encoder and classifier in one `{snippet.classifier}`, the adapters merged into the weights."
-    name = type(snippet.backbone.model).__name__
-    return (
-        f"A plain `{name}` with the adapters merged into its weights; the classifier lies beside it in "
-        "`head.safetensors` and `head.json`."
-    )
+    return layout.summary()
 
 
-def _facts(snippet: Snippet, card: Mapping[str, Any], major: str, max_difference: float | None) -> str:
+def _facts(layout: Layout, card: Mapping[str, Any], max_difference: float | None) -> str:
     rows = [(title, card[key]) for title, key in _FACTS if card.get(key) is not None]
-    rows += [("Pooling", snippet.backbone.pooling), ("Classes", len(snippet.head.classes))]
-    rows += [("Made with", f"everlora {everlora.__version__}, transformers {major}")]
+    rows += [("Pooling", layout.backbone.pooling), ("Classes", len(layout.head.classes))]
+    rows += [("Made with", f"everlora {everlora.__version__}, {layout.made_with}")]
     if max_difference is not None:
         rows += [("Largest difference of a logit from the learner's, on a probe batch", f"{max_difference:.2g}")]
     return "\n".join(["| | |", "|---|---|", *(f"| {title} | {_cell(value)} |" for title, value in rows)])
@@ -81,12 +73,6 @@ def _facts(snippet: Snippet, card: Mapping[str, Any], major: str, max_difference
 
 def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _requirements(snippet: Snippet, major: str) -> str:
-    names = f"transformers {major} (names of layers differ between major versions)"
-    extra = " and peft" if snippet.base is not None else ""
-    return f"Needs torch, {names}{extra}; run it in this folder."
 
 
 def _labels(labels: Sequence[str]) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from everlora.backbones.huggingface import HuggingFaceBackbone, accepts
 from everlora.export.head import ExportHead
-from everlora.lowrank import FusedProjection, LowRankLinear
+from everlora.export.layout import load_fitting
 
-__all__ = ["build_classifier", "build_encoder", "classifier_for", "merged_state", "takes_pooler"]
+__all__ = ["build_classifier", "build_encoder", "classifier_for", "takes_pooler"]
 
 
 @dataclass(frozen=True)
@@ -54,43 +54,32 @@ def classifier_for(backbone: HuggingFaceBackbone, head: ExportHead) -> str | Non
     return entry.name
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """State of the plain network: each adapted layer becomes one weight, in the dtype of its base.
+def build_encoder(backbone: HuggingFaceBackbone, head: ExportHead, state: Mapping[str, Tensor]) -> Any:
+    """Build the plain encoder with the merged weights, on the CPU.
 
-    The sum of base, past and current block is formed in float32 and rounded once. Fused projections that were taken
-    apart are whole again. `model` is not changed.
+    Raises:
+        UnsupportedError: the state is not that of such an encoder.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
-    modules = dict(model.named_modules(remove_duplicate=False))
-    fused = {name for name, module in modules.items() if isinstance(module, FusedProjection)}
-    for name, module in modules.items():
-        if not isinstance(module, LowRankLinear | FusedProjection) or name.rpartition(".")[0] in fused:
-            continue
-        state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-        state[f"{name}.weight"] = module.effective_weight().to(module.weight.dtype)
-        if module.bias is not None:
-            state[f"{name}.bias"] = module.bias.detach()
-    return {key: value.detach().cpu() for key, value in state.items()}
-
-
-def build_encoder(backbone: HuggingFaceBackbone, head: ExportHead) -> Any:
-    """Build the plain encoder with the merged weights, on the CPU."""
     model: Any = backbone.model
     options = {"add_pooling_layer": backbone.pooling == "pooler"} if takes_pooler(model) else {}
     with torch.random.fork_rng(devices=[]):  # the starting values are all overwritten
         encoder = type(model)(_labelled_config(model, head), **options)
-    encoder.to(backbone.dtype).load_state_dict(merged_state(model))
+    load_fitting(encoder.to(backbone.dtype), state)
     return encoder.eval()
 
 
-def build_classifier(backbone: HuggingFaceBackbone, head: ExportHead) -> Any:
-    """Build the architecture's own classification model with merged weights and the head's rows, on the CPU."""
+def build_classifier(backbone: HuggingFaceBackbone, head: ExportHead, state: Mapping[str, Tensor]) -> Any:
+    """Build the architecture's own classification model with merged weights and the head's rows, on the CPU.
+
+    Raises:
+        UnsupportedError: the state is not that of its encoder.
+    """
     entry = _CLASSIFIERS[backbone.architecture]
     config = _labelled_config(backbone.model, head)
     config.problem_type = "single_label_classification"
     with torch.random.fork_rng(devices=[]):  # the starting values are all overwritten
         model = getattr(transformers, entry.name)(config)
-    getattr(model, model.base_model_prefix).load_state_dict(merged_state(backbone.model))
+    load_fitting(getattr(model, model.base_model_prefix), state)
     weight, bias = head.tensors()
     columns = weight.chunk(len(entry.slices[backbone.pooling]), dim=1)
     padded = [torch.zeros_like(columns[0]) for _ in range(entry.parts)]

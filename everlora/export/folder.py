@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from everlora.errors import StoreError
 
-__all__ = ["new_folder"]
+__all__ = ["new_folder", "write_json"]
 
 
 @contextmanager
@@ -39,6 +41,11 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         os.replace(unfinished, final)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that looks the same on every run."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _umask() -> int:

@@ -10,6 +10,7 @@ import torch
 from everlora.backbones.huggingface import HuggingFaceBackbone
 from everlora.export.classifiers import takes_pooler
 from everlora.export.head import ExportHead
+from everlora.export.layout import row_lines
 
 __all__ = ["Snippet"]
 
@@ -107,7 +108,7 @@ class Snippet:
         lines += ["    with torch.no_grad():", f"        output = model({call})"]
         if self.classifier:
             return "\n".join([*lines, "    return output.logits"])
-        return "\n".join([*lines, *self._pooling(), *self._rows()])
+        return "\n".join([*lines, *self._pooling(), *row_lines(self.head)])
 
     def _pooling(self) -> list[str]:
         pooling = self.backbone.pooling
@@ -126,18 +127,6 @@ class Snippet:
             "cls_mean": "torch.cat([hidden[:, 0], mean], dim=1)",
         }
         return [*lines, f"    features = {formula[pooling]}"]
-
-    def _rows(self) -> list[str]:
-        lines = ["    features = torch.nn.functional.normalize(features, dim=1)"] if self.head.normalize else []
-        product = 'features @ head["weight"].T + head["bias"]'
-        if self.head.has_single_rows:
-            return [*lines, f"    return {product}"]
-        return [
-            *lines,
-            f"    rows = {product}",
-            '    owner = torch.tensor(info["row_classes"])  # a class may own several rows: its best one counts',
-            "    return torch.stack([rows[:, owner == i].amax(dim=1) for i in range(len(classes))], dim=1)",
-        ]
 
     def _call(self) -> list[str]:
         if self._is_image():

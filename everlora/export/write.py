@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,29 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import everlora
 from everlora.backbones.base import Backbone
+from everlora.backbones.cifar_resnet import CifarResNetBackbone
 from everlora.backbones.huggingface import HuggingFaceBackbone, quiet_transformers
-from everlora.backbones.images import ImageInputs
-from everlora.backbones.pooling import pool
 from everlora.errors import ModelError, ShapeError, UnsupportedError
+from everlora.export.adapter import changed_modules, collect_factors
 from everlora.export.card import write_card
-from everlora.export.classifiers import build_classifier, build_encoder, classifier_for, takes_pooler
-from everlora.export.folder import new_folder
+from everlora.export.cifar_resnet import CifarResNetLayout
+from everlora.export.folder import new_folder, write_json
 from everlora.export.head import ExportHead
-from everlora.export.snippet import Snippet
-from everlora.lowrank import Direction, FusedProjection, LowRankLinear, compress, join_factors
-from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, lora_config, to_peft_tensors
+from everlora.export.huggingface import HuggingFaceLayout
+from everlora.export.layout import Layout
+from everlora.export.plain import merged_state
+from everlora.lowrank import AdaptedLayer
+from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 __all__ = ["EXPORT_INFO", "ExportReport", "base_location", "export_merged", "export_peft"]
 
 logger = logging.getLogger("everlora.export")
 
 EXPORT_INFO = "export.json"
-_BATCH_KEYS = ("pixel_values", "input_ids", "attention_mask", "token_type_ids")
 # Largest relative difference of a logit that rounding explains; beyond it the export is refused.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -45,7 +45,7 @@ class ExportReport:
 
     Attributes:
         folder: where it lies.
-        model_class: class of transformers that loads the weights.
+        model_class: class that loads the weights: one of transformers, or of the code in the folder.
         has_classifier: the class computes the logits itself; else the head lies beside.
         max_difference: largest difference of a logit from the learner's on the probe batch.
         truncation: relative Frobenius error of each layer's update, where its rank was cut; empty when nothing was.
@@ -60,14 +60,17 @@ class ExportReport:
 
 def export_merged(
     backbone: Backbone,
-    layers: Mapping[str, LowRankLinear],
+    layers: Mapping[str, AdaptedLayer],
     head: ExportHead,
     folder: str | Path,
     *,
     card: Mapping[str, Any],
     probe: Any = None,
 ) -> ExportReport:
-    """Write base and adapters as one plain model of transformers, with its classifier, processor and README.
+    """Write the network as it is in place, adapters merged, as one plain model with its classifier, inputs and README.
+
+    Models of transformers become one of transformers. The small residual networks become plain weights by their
+    published names, with the network's code beside them.
 
     Args:
         backbone: with the adapted layers in place; not changed.
@@ -78,24 +81,22 @@ def export_merged(
         probe: images or texts on which learner and export are compared; a few made-up ones when omitted.
 
     Raises:
-        UnsupportedError: the backbone is not a model of transformers.
+        UnsupportedError: the backbone is of another kind, or its network has parts that a plain one has not.
         StoreError: `folder` is in use or cannot be written.
         ModelError: the written model does not give the learner's logits.
         ShapeError: the head does not fit the features.
     """
-    encoder = _checked(backbone, layers, head)
-    classifier = classifier_for(encoder, head)
-    snippet = Snippet(encoder, head, classifier=classifier)
+    layout = _layout(backbone, head)
+    _check(backbone, layers, head)
     with new_folder(folder) as unfinished, quiet_transformers():
-        model = build_encoder(encoder, head) if classifier is None else build_classifier(encoder, head)
-        model.save_pretrained(unfinished)
-        difference = _finish(snippet, unfinished, card, probe)
-    return ExportReport(Path(folder), snippet.model_class, classifier is not None, difference)
+        layout.write_model(unfinished, merged_state(backbone.model))
+        difference = _finish(layout, unfinished, card, probe, model=layout.load(unfinished))
+    return ExportReport(Path(folder), layout.model_class, layout.has_classifier, difference)
 
 
 def export_peft(
     backbone: Backbone,
-    layers: Mapping[str, LowRankLinear],
+    layers: Mapping[str, AdaptedLayer],
     head: ExportHead,
     folder: str | Path,
     *,
@@ -105,50 +106,53 @@ def export_peft(
 ) -> ExportReport:
     """Write the adapters as one PEFT LoRA adapter of the base model, with the classifier beside it.
 
-    The factors of all blocks stand side by side, each block's scale taken into its up-projection, so PEFT's own
-    scaling is 1. With `max_rank`, layers of a higher total rank are replaced by the nearest update of that rank, with
-    the error reported; such an adapter need not give the learner's logits. The other arguments and errors are those of
-    `export_merged`; further:
+    The factors of all blocks stand side by side, with each block's scale; modules without factors that are not the
+    base's any more, such as norms of a task's own, travel along whole. With `max_rank`, layers of a higher total rank
+    are replaced by the nearest update of that rank, with the error reported; such an adapter need not give the
+    learner's logits. The other arguments and errors are those of `export_merged`; further:
 
     Raises:
-        UnsupportedError: no layer has a low-rank block.
+        UnsupportedError: no layer has a low-rank block, or the base's own weights under one were trained.
         OptionError: `max_rank` is not a positive integer.
     """
-    encoder = _checked(backbone, layers, head)
-    factors = {name: _all_factors(layer) for name, layer in sorted(layers.items())}
-    factors = join_factors(encoder.model, factors)  # PEFT adapts the base's own layers
-    factors = {name: pair for name, pair in factors.items() if pair[0].shape[0]}
-    truncation: dict[str, float] = {}
-    if max_rank is not None:
-        factors, truncation = _truncated(factors, max_rank)
-    model_class = type(encoder.model)
-    base = base_location(encoder)
-    config = lora_config(
-        {name: down.shape[0] for name, (down, _) in factors.items()},
-        base_model=base,
-        base_class=(model_class.__name__, model_class.__module__),
-        transposed=_any_transposed(encoder.model, factors),
-    )
+    base = base_location(backbone)
+    layout = _layout(backbone, head, base)
+    _check(backbone, layers, head)
+    adapter = collect_factors(backbone.model, layers, max_rank)
     with new_folder(folder) as unfinished, quiet_transformers():
-        save_file(to_peft_tensors(factors), unfinished / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        _write_json(unfinished / ADAPTER_CONFIG, config)
-        difference = _finish(Snippet(encoder, head, base=base), unfinished, card, probe, truncation=truncation)
-    return ExportReport(Path(folder), model_class.__name__, False, difference, truncation)
+        plain = layout.load(backbone.folder)
+        saved = changed_modules(backbone.model, plain.state_dict(), adapter, unread=layout.unread)
+        tensors = adapter.tensors(backbone.model, saved)
+        save_file(tensors, unfinished / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        config = adapter.config(backbone.model, saved, base=base, base_class=layout.base_class)
+        write_json(unfinished / ADAPTER_CONFIG, config)
+        # Heavy, and needed by this kind of export only.
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(plain, str(unfinished))
+        difference = _finish(layout, unfinished, card, probe, model=model, truncation=adapter.truncation)
+    return ExportReport(Path(folder), layout.model_class, False, difference, adapter.truncation)
 
 
 def base_location(backbone: Backbone) -> str:
-    """Name under which plain transformers finds the base: the hub id, or the local folder."""
+    """Name under which plain tools find the base: the hub id, or the local folder."""
     source = backbone.source
-    is_hub_id = not Path(source).exists() and source != "packaged" and not source.startswith("package:")
+    is_hub_id = not Path(source).exists() and source != "packaged" and not source.startswith(("package:", "shared:"))
     return source if is_hub_id else str(backbone.folder.resolve())
 
 
-def _checked(backbone: Backbone, layers: Mapping[str, LowRankLinear], head: ExportHead) -> HuggingFaceBackbone:
-    if not isinstance(backbone, HuggingFaceBackbone):
-        raise UnsupportedError(
-            f"export writes models of transformers, and {backbone.architecture} is none; "
-            "predict with the learner itself"
-        )
+def _layout(backbone: Backbone, head: ExportHead, base: str | None = None) -> Layout:
+    if isinstance(backbone, HuggingFaceBackbone):
+        return HuggingFaceLayout(backbone, head, base)
+    if isinstance(backbone, CifarResNetBackbone):
+        return CifarResNetLayout(backbone, head, base)
+    raise UnsupportedError(
+        f"export writes models of transformers and small residual networks, and {backbone.architecture} is neither; "
+        "predict with the learner itself"
+    )
+
+
+def _check(backbone: Backbone, layers: Mapping[str, AdaptedLayer], head: ExportHead) -> None:
     if head.weight.shape[1] != backbone.feature_dim:
         raise ShapeError(
             f"expected a head for {backbone.feature_dim} features, found one for {head.weight.shape[1]}; "
@@ -158,64 +162,33 @@ def _checked(backbone: Backbone, layers: Mapping[str, LowRankLinear], head: Expo
     absent = sorted(name for name, layer in layers.items() if attached.get(name) is not layer)
     if absent:
         raise ModelError(f"expected layer {absent[0]} in the model, found it detached; export while it is attached")
-    return backbone
-
-
-def _all_factors(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
-    """Past and current block as one pair `(down, up)`, scales inside `up`, float32 on the CPU."""
-    down = torch.cat([layer.past_down, layer.down]).detach()
-    up = torch.cat([layer.past_up * layer.past_scale, layer.up], dim=1).detach()
-    return down.float().cpu().contiguous(), up.float().cpu().contiguous()
-
-
-def _any_transposed(model: nn.Module, names: Iterable[str]) -> bool:
-    wholes = [model.get_submodule(name) for name in names]
-    return any(isinstance(whole, FusedProjection) and whole.is_transposed for whole in wholes)
-
-
-def _truncated(
-    factors: Mapping[str, tuple[Tensor, Tensor]], max_rank: int
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
-    """Cut pairs `(down, up)` to a rank at the least error; return them and the relative errors of those cut."""
-    cut = dict(factors)
-    errors = {}
-    for name, (down, up) in factors.items():
-        compressed = compress([Direction(down, up)], None, max_rank)  # checks the rank even where nothing is cut
-        if down.shape[0] > max_rank:
-            pair = compressed.direction
-            cut[name] = pair.down.float().contiguous(), pair.up.float().contiguous()
-            errors[name] = compressed.error_rel
-    return cut, errors
 
 
 def _finish(
-    snippet: Snippet,
+    layout: Layout,
     folder: Path,
     card: Mapping[str, Any],
     probe: Any,
     *,
+    model: Any,
     truncation: Mapping[str, float] | None = None,
 ) -> float:
-    """Add processor, head, README and export.json to a folder, and compare what it loads to with the learner."""
-    inputs = snippet.backbone.inputs
-    if isinstance(inputs, ImageInputs):
-        _write_json(folder / "preprocessor_config.json", inputs.transform.processor_config())
-    else:
-        inputs.tokenizer.save_pretrained(folder)
-    if snippet.classifier is None:
-        snippet.head.save(folder)
-    exact = not truncation
-    difference = _compare(snippet, folder, _default_probe(snippet) if probe is None else probe, exact=exact)
+    """Add inputs, head, README and export.json to a folder, and compare what it loads to, `model`, with the learner."""
+    layout.write_inputs(folder)
+    if not layout.has_classifier:
+        layout.head.save(folder)
+    difference = _compare(layout, model, _default_probe(layout) if probe is None else probe, exact=not truncation)
+    logger.info("export to %s differs from the learner by at most %.2g in a logit", folder, difference)
     (folder / "README.md").write_text(
-        write_card(snippet, card, max_difference=difference, truncation=truncation), encoding="utf-8"
+        write_card(layout, card, max_difference=difference, truncation=truncation), encoding="utf-8"
     )
-    _write_json(
+    write_json(
         folder / EXPORT_INFO,
         {
             "format": 1,
-            "kind": "merged" if snippet.base is None else "peft",
-            "model_class": snippet.model_class,
-            "has_classifier": snippet.classifier is not None,
+            "kind": "merged" if layout.base is None else "peft",
+            "model_class": layout.model_class,
+            "has_classifier": layout.has_classifier,
             "max_logit_difference": difference,
             "truncation": dict(truncation or {}),
             "everlora": everlora.__version__,
@@ -225,63 +198,34 @@ def _finish(
     return difference
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _default_probe(snippet: Snippet) -> Any:
-    if snippet.backbone.modality == "text":
-        return ["a", "where is my parcel?", *snippet.head.classes[:6]]
-    size = snippet.backbone.image_size or 64
+def _default_probe(layout: Layout) -> Any:
+    if layout.backbone.modality == "text":
+        return ["a", "where is my parcel?", *layout.head.classes[:6]]
+    size = layout.backbone.image_size or 64
     return np.random.default_rng(0).integers(0, 256, (4, size, size, 3), dtype=np.uint8)
 
 
-def _compare(snippet: Snippet, folder: Path, probe: Any, *, exact: bool) -> float:
+def _compare(layout: Layout, model: Any, probe: Any, *, exact: bool) -> float:
     """Largest difference between the learner's logits and those of the written model, on the same pixels or tokens."""
-    backbone = snippet.backbone
+    backbone = layout.backbone
     encoded = backbone.encode(probe)
     batch = backbone.collate(encoded, np.arange(len(encoded)))
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
+    # On the learner's own device: between devices float32 convolutions may differ by more than rounding.
+    model.to(backbone.device).eval()
     try:
         with torch.no_grad():
-            expected = snippet.head.logits(backbone.features(batch)).cpu()
-            found = _written_logits(snippet, folder, batch).cpu()
+            expected = layout.head.logits(backbone.features(batch)).cpu()
+            found: Tensor = layout.logits(model, batch).cpu()
     finally:
         for module, training in modes:
             module.training = training
     difference = float((expected - found).abs().max())
-    allowed = _TOLERANCE[backbone.dtype] * max(1.0, float(expected.abs().max()))
+    allowed = _TOLERANCE[layout.dtype] * max(1.0, float(expected.abs().max()))
     if exact and not difference <= allowed:
         raise ModelError(
             f"expected the export to give the learner's logits, found a difference of {difference:.3g} where rounding "
             f"explains {allowed:.3g}; please report the architecture {backbone.architecture}"
         )
-    logger.info("export to %s differs from the learner by at most %.2g in a logit", folder, difference)
     return difference
-
-
-def _written_logits(snippet: Snippet, folder: Path, batch: dict[str, Tensor]) -> Tensor:
-    backbone = snippet.backbone
-    options: dict[str, Any] = {"dtype": backbone.dtype, "local_files_only": True}
-    if snippet.classifier is None and takes_pooler(backbone.model):
-        options["add_pooling_layer"] = backbone.pooling == "pooler"
-    place = folder if snippet.base is None else backbone.folder
-    model = getattr(transformers, snippet.model_class).from_pretrained(place, **options)
-    if snippet.base is not None:
-        # Heavy, and needed by this kind of export only.
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(folder))
-    # On the learner's own device: between devices float32 convolutions may differ by more than rounding.
-    model.to(backbone.device).eval()
-    arguments: dict[str, Any] = {key: value for key, value in batch.items() if key in _BATCH_KEYS}
-    if "pixel_values" in arguments:
-        arguments["pixel_values"] = arguments["pixel_values"].to(backbone.dtype)
-    if backbone.interpolate:
-        arguments["interpolate_pos_encoding"] = True
-    output = model(**arguments)
-    if snippet.classifier is not None:
-        return output.logits  # type: ignore[no-any-return]
-    features = pool(output, backbone.pooling, mask=batch.get("attention_mask"), num_prefix=backbone.num_prefix)
-    return snippet.head.logits(features)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from everlora.backbones import load_backbone
+from everlora.backbones import cifar_network, load_backbone
 from everlora.backbones.cifar_resnet import CifarResNet
 from everlora.errors import ModelError, OptionError
 
@@ -99,6 +100,17 @@ def test_options_that_do_not_apply_are_refused(tmp_path: Path) -> None:
     for options in ({"max_length": 3}, {"image_size": 64}, {"pooling": "cls"}):
         with pytest.raises(OptionError, match="takes no max_length, image_size or pooling"):
             load_backbone(tmp_path, **options)
+
+
+def test_the_file_of_the_network_stands_alone() -> None:
+    names: dict[str, Any] = {"__name__": "copied"}
+    source = Path(cifar_network.__file__).read_text(encoding="utf-8")
+    exec(compile(source, "copied.py", "exec"), names)
+    assert "everlora" not in source
+    copied, network = names["CifarResNet"](1).eval(), CifarResNet(1).eval()
+    copied.load_state_dict(network.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(copied(x), network(x))
 
 
 @pytest.mark.slow

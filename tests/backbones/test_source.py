@@ -37,6 +37,25 @@ def test_a_package_is_searched_without_being_run(tmp_path: Path, monkeypatch: py
             resolve_source(name)
 
 
+def test_shared_models_lie_below_a_folder_that_a_variable_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "place" / "models" / "net"
+    save_tiny("vit", folder)
+    monkeypatch.setenv("EVERLORA_SHARED", str(tmp_path / "place"))
+    assert resolve_source("shared:net") == folder
+    assert load_backbone("shared:net").source == "shared:net"
+    for name in ("shared:", "shared:../models/net", "shared:/net"):
+        with pytest.raises(ModelError, match="name a folder of shared models"):
+            resolve_source(name)
+    with pytest.raises(ModelError, match=r"models/other below \$EVERLORA_SHARED"):
+        resolve_source("shared:other")
+    monkeypatch.delenv("EVERLORA_SHARED")
+    monkeypatch.chdir(tmp_path / "place" / "models")
+    with pytest.raises(ModelError, match="models/net"):
+        resolve_source("shared:net")
+
+
 def test_the_packaged_model_loads_and_sees_32_pixels() -> None:
     backbone = load_backbone("packaged")
     assert (backbone.architecture, backbone.modality, backbone.image_size) == ("vit", "image", 32)

@@ -75,9 +75,9 @@ class FakeLearner:
             raise DataError("missing.csv does not exist; give a file.")
         return Evaluation(0.8, {"january": 0.8}, {"january": Counts(8, 10)})
 
-    def export(self, path: Path, format: str, **limits: int) -> Any:
-        self.calls.append(("export", (path, format, *limits.items())))
-        return Report(path, 2e-7, {"layer": 0.125} if limits else {})
+    def export(self, path: Path, format: str, **options: Any) -> Any:
+        self.calls.append(("export", (path, format, *options.items())))
+        return Report(path, 2e-7, {"layer": 0.125} if "max_rank" in options else {})
 
     def rollback(self, to_task: int) -> tuple[Any, ...]:
         self.calls.append(("rollback", to_task))

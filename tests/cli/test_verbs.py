@@ -168,6 +168,8 @@ def test_export(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
     code, out, _ = call("export", "f", "served", "--format", "peft", "--max-rank", "4")
     assert code == 0 and "Largest relative error of the 1 layers cut to rank 4: 1.2e-01" in out
     assert learner.calls[-1] == ("export", (Path("served"), "peft", ("max_rank", 4)))
+    call("export", "f", "served", "--task", "february")
+    assert learner.calls[-1] == ("export", (Path("served"), "merged", ("task", "february")))
 
 
 def test_rollback(call: Any, call_json: Any, learner: type[FakeLearner], intents: Path) -> None:

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 
 from everlora.backbones import load_backbone
-from everlora.backbones.cifar_resnet import CifarResNet
+from everlora.backbones.base import Backbone
 from everlora.errors import ModelError, NumericError, ShapeError, StoreError, UnsupportedError
 from everlora.export import ExportHead, export_merged, export_peft
-from everlora.export import write as write_module
+from everlora.export import huggingface as writing
 from tests.export.builders import (
     CARD,
     IMAGES,
@@ -37,7 +36,7 @@ def test_export_without_adapters_is_the_base_and_its_head(tmp_path: Path) -> Non
     backbone = load_backbone(save_tiny("vit", tmp_path / "base"))
     head = make_head(backbone)
     assert export_merged(backbone, {}, head, tmp_path / "out", card={}).max_difference < 1e-5
-    with pytest.raises(UnsupportedError, match="no layer has any; export merged"):
+    with pytest.raises(UnsupportedError, match=r"no layer has any: .* export merged instead"):
         export_peft(backbone, {}, head, tmp_path / "peft", card={})
     assert not (tmp_path / "peft").exists()
 
@@ -140,14 +139,14 @@ def test_an_export_with_other_logits_is_refused_and_leaves_nothing(
 ) -> None:
     backbone = load_backbone(save_tiny("vit", tmp_path / "base"))
     layers, head = teach(backbone), make_head(backbone)
-    real = write_module.build_classifier
+    real = writing.build_classifier
 
     def spoiled(*args: Any) -> Any:
         model = real(*args)
         model.classifier.bias.data += 0.1
         return model
 
-    monkeypatch.setattr(write_module, "build_classifier", spoiled)
+    monkeypatch.setattr(writing, "build_classifier", spoiled)
     with pytest.raises(ModelError, match=r"found a difference of 0\.1"):
         export_merged(backbone, layers, head, tmp_path / "out", card={})
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -167,12 +166,19 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ExportHead(np.full((1, 5), np.nan, np.float32), np.zeros(1, np.float32), ("a",))
 
 
-def test_a_network_outside_transformers_is_declined(tmp_path: Path) -> None:
-    tensors = CifarResNet(1).state_dict()
-    save_file({k: v for k, v in tensors.items() if "batches" not in k}, tmp_path / "model.safetensors")
-    backbone = load_backbone(tmp_path)
-    with pytest.raises(UnsupportedError, match="cifar_resnet is none"):
-        export_merged(backbone, {}, make_head(backbone), tmp_path / "out", card={})
+def test_a_network_of_another_kind_is_declined(tmp_path: Path) -> None:
+    known = load_backbone(save_tiny("vit", tmp_path / "base"))
+    names = {"source": "mine", "folder": tmp_path, "architecture": "mine", "feature_dim": 16, "pooling": "cls"}
+    other = _Other(known.model, known.inputs, **names)
+    with pytest.raises(UnsupportedError, match="and mine is neither; predict with the learner itself"):
+        export_merged(other, {}, make_head(known), tmp_path / "out", card={})
+
+
+class _Other(Backbone):
+    default_targets = ("query",)
+
+    def features(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
 
 
 def test_every_image_kind_has_a_processor_that_plain_transformers_reads(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from everlora.errors import StoreError, UnsupportedError
-from everlora.peft_format import from_peft_tensors, lora_config, to_peft_tensors
+from everlora.peft_format import from_peft_tensors, lora_config, module_tensors, saved_modules, to_peft_tensors
 
 
 def test_factors_come_back_as_they_were() -> None:
@@ -45,6 +45,22 @@ def test_the_config_keeps_scaling_at_one_and_is_plain_json() -> None:
     assert config["rank_pattern"] == config["alpha_pattern"] == {re.escape("a.1.v"): 2}
     with pytest.raises(UnsupportedError, match="no layer has any"):
         lora_config({"a": 0})
+
+
+def test_layers_whose_names_end_alike_are_told_apart() -> None:
+    ranks = {"k": 2, "a.k": 4}
+    config = lora_config(ranks, modules=["k", "a", "a.k", "b"])
+    assert (config["target_modules"], config["rank_pattern"]) == (["a.k", "k"], {"^k": 2})
+    config = lora_config(ranks, alphas={"k": 1.0, "a.k": 2}, modules=["k", "a.k", "b.k"])
+    assert (config["target_modules"], config["alpha_pattern"]) == (r"a\.k|k", {"^k": 1.0})
+
+
+def test_modules_that_are_kept_whole() -> None:
+    config = lora_config({"k": 2}, modules_to_save=["norm", "b.norm"])
+    assert config["modules_to_save"] == ["norm", "b.norm"] and lora_config({"k": 2})["modules_to_save"] is None
+    assert saved_modules(["norm"], ["a.norm", "norm", "norm.x"]) == ["a.norm", "norm"]
+    assert saved_modules([], ["norm"]) == []
+    assert module_tensors("a.norm", {"running_mean": 1}) == {"base_model.model.a.norm.running_mean": 1}
 
 
 def test_no_torch_is_imported() -> None:
