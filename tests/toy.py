@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from everlora import Learner
+from everlora.methods import method_spec
 from everlora.streams import Examples
 from tests.tiny_models import save_tiny
 
@@ -56,7 +57,7 @@ def toy_tasks(modality: str, count: int = 3) -> list[Examples]:
 def toy_learner(folder: Path, model: Path, method: str, **options: Any) -> Learner:
     """A learner on a tiny model, quick to train."""
     options = {**FAST, "rank": 2, **options}
-    if method == "ncm":
+    if "rank" not in method_spec(method).option_names:
         del options["rank"]
     return Learner.create(folder, model=model, method=method, **options)
 

@@ -216,6 +216,7 @@ class IsolatedMethod(Method):
             self._freeze(index)
             self.recogniser.load_state(_below(state, task_key(index, "recognition/")))
         self.recogniser.load_carried(_below(state, "recognition/"))
+        self.activate(None)  # whoever moves the encoder to its device next is to find the pretrained modules in it
 
     def _module_state(self, index: int) -> State:
         """Tensors of a task's own modules: `adapter/LAYER/down` and `up` as PEFT shapes them, `module/PATH/NAME`."""

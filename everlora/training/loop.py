@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,8 +17,9 @@ from everlora.streams.keyed import fold_key
 from everlora.training.data import TaskData
 from everlora.training.epochs import Epochs
 from everlora.training.options import TrainingOptions
+from everlora.training.peak_memory import peak_memory_bytes, reset_peak_memory
 
-__all__ = ["Progress", "TaskTrainer", "TrainingReport", "peak_memory_bytes"]
+__all__ = ["Progress", "TaskTrainer", "TrainingReport"]
 
 Progress = Callable[[str, int, int], None]
 """Called often as `progress(stage, done, total)`."""
@@ -75,8 +74,7 @@ class TaskTrainer:
             NumericError: the loss is not finite; the message names the step and the learning rate.
         """
         started, self.collect_seconds = time.monotonic(), 0.0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak_memory(self.device)
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
             return self._learn(task, data, validation, started)
 
@@ -234,11 +232,3 @@ class _Collector:
             seen += len(rows)
         self.trainer.collect_seconds += time.monotonic() - started
         return seen
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: the allocator's on a GPU, the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
