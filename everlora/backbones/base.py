@@ -53,6 +53,8 @@ class Backbone(nn.Module, ABC):
         self.architecture = architecture
         self.feature_dim = feature_dim
         self.pooling = pooling
+        # Counted now: later the network may hold adapters, which are not pretrained.
+        self._num_parameters = self._count_parameters()
         self.eval()
 
     @property
@@ -72,7 +74,10 @@ class Backbone(nn.Module, ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters that the features depend on, shared ones counted once."""
+        """Number of pretrained parameters that the features depend on, shared ones counted once."""
+        return self._num_parameters
+
+    def _count_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property

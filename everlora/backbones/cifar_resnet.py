@@ -32,11 +32,9 @@ class CifarResNetBackbone(Backbone):
         """The 3x3 convolutions of the blocks, the stem left alone."""
         return (r"layer\d+\.\d+\.conv[12]",)
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters without the linear layer for the original classes."""
-        head = sum(parameter.numel() for parameter in self.model.linear.parameters())
-        return super().num_parameters - head
+    def _count_parameters(self) -> int:
+        """Leave out the linear layer for the original classes."""
+        return super()._count_parameters() - sum(parameter.numel() for parameter in self.model.linear.parameters())
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute `(n, 64)` float32 features of `batch["pixel_values"]`."""

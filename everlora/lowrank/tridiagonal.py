@@ -46,7 +46,9 @@ class Tridiagonal:
     def __init__(self, matrix: Tensor) -> None:
         self.size = matrix.shape[0]
         with _threads(self.size):
-            self._reflectors, self._diagonal, self._beside, self._factors = _reduce(np.asfortranarray(matrix.numpy()))
+            self._reflectors, self._diagonal, self._beside, self._factors = _reduce(
+                np.asfortranarray(matrix.detach().numpy())
+            )
         if not (np.isfinite(self._diagonal).all() and np.isfinite(self._beside).all()):
             raise LinAlgError("a matrix to decompose must be finite; found NaN or infinity in its tridiagonal form")
         values = self._diagonal
