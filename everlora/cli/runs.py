@@ -19,18 +19,26 @@ def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a recipe file.")],
     *,
     methods: Annotated[
-        str | None, typer.Option("--methods", metavar="A,B", help="Methods to compare; the recipe's own otherwise.")
+        str | None, typer.Option("--methods", metavar="A,B", help="Rows to run, or 'all'; the recipe's own otherwise.")
     ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", metavar="1,2", help="One run for each seed.")] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="FOLDER", help="Where the data lies, instead of the hub.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", metavar="SOURCE", help="Another pretrained model.")] = None,
-    setting: Annotated[str, typer.Option("--setting", help="Which of the recipe's settings.")] = "standard",
+    setting: Annotated[
+        str | None, typer.Option("--setting", metavar="NAME", help="Which of the recipe's settings; its own otherwise.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the results go.")] = None,
     workers: Annotated[
-        int, typer.Option("--workers", metavar="N", min=1, help="Processes that share the runs, one thread each.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            min=1,
+            help="Processes that share the runs, one thread each; the recipe's own otherwise.",
+        ),
+    ] = None,
     path_points: Annotated[
         int,
         typer.Option(
@@ -66,10 +74,13 @@ def run(
     if as_json:
         output.emit_json(results)
         return
-    from everlora.report.table import format_table, summarise
+    from everlora.report import claims_caption, format_claims, tables
 
-    columns, rows = format_table(summarise(results))
-    output.table(columns, rows)
+    for caption, (columns, rows) in tables(results):
+        output.table(columns, rows, title=caption)
+    if results.get("claims"):
+        columns, rows = format_claims(results)
+        output.table(columns, rows, title=claims_caption(results))
     folder = Path(results["folder"])
     output.line(f"Results: {folder / 'results.json'}")
     output.line(f"Report: {folder / 'report.html'}")

@@ -150,6 +150,15 @@ def build_stream(
         DataError: the data does not fit the description.
     """
     parts = [(name, _splits_to_use(recipe, setting, splits)) for name, splits in parts]
+    made = _cut(recipe, setting, stream, parts, seed=seed)
+    # The class order is that of the whole data, so the first tasks are the same however many are learned.
+    return made if stream.tasks is None else dataclasses.replace(made, tasks=made.tasks[: stream.tasks])
+
+
+def _cut(
+    recipe: Recipe, setting: Setting, stream: StreamSpec, parts: Sequence[tuple[str, Splits]], *, seed: int
+) -> Stream:
+    """All tasks of the stream."""
     sample = {"train": setting.subsample.train, "test": setting.subsample.test}
     subsample = sample if any(sample.values()) else None
     order_seed = {"seed": seed, "natural": None}.get(str(stream.order), stream.order)

@@ -13,6 +13,7 @@ from everlora.experiments.paths import has_path, measured_pair
 from everlora.experiments.plan import Plan, Streams, identity, method_row, row_options
 from everlora.experiments.recipe import stream_of
 from everlora.experiments.records import RunRecord
+from everlora.experiments.traces import bytes_on_disk, pretrained_digest, reference_parameters, tensor_digests
 from everlora.learner import Learner
 from everlora.streams import Examples, Stream, concatenate
 
@@ -54,6 +55,7 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
     stage = f"{record.values['label']}, seed {seed}"
     progress(stage, record.rows_done, len(stream.tasks))
     learner = _open_learner(plan, row, record)
+    _note_the_start(plan, record, learner, num_classes=len(stream.tasks[0].labels))
     if learner.trains_on == "stream":
         _learn_whole(learner, record, stream, _prefixed(progress, stage))
         progress(stage, len(stream.tasks), len(stream.tasks))
@@ -94,6 +96,17 @@ def _open_record(plan: Plan, row: str, seed: int, stream: Stream, folder: Path) 
         header=header,
         num_tasks=len(stream.tasks),
     )
+
+
+def _note_the_start(plan: Plan, record: RunRecord, learner: Learner, *, num_classes: int) -> None:
+    """Put in what later figures are compared with: the size, and if a claim asks for it the pretrained tensors."""
+    if record.rows_done:
+        return
+    record.values["reference_parameters"] = reference_parameters(learner, num_classes)
+    record.values["recognition"] = learner.settings.as_parts()["method"].get("select")
+    if any(claim.test == "unchanged" for claim in plan.recipe.claims.values()):
+        record.values["pretrained_digest"] = pretrained_digest(learner)
+        record.values["digests"] = []
 
 
 def _open_learner(plan: Plan, row: str, record: RunRecord) -> Learner:
@@ -173,6 +186,9 @@ def _measure(learner: Learner, record: RunRecord, stream: Stream, index: int, *,
     counts = learner.evaluate_tasks(pairs)
     kept = learner.card()["tasks"][learned]
     cost = kept["cost"] | {"task": index, "seconds": kept["cost"]["seconds"]["total"], "parts": kept["cost"]["seconds"]}
+    cost["state_bytes"] = bytes_on_disk(learner)
+    if "digests" in record.values:
+        record.values["digests"].append(tensor_digests(learner))
     record.append([dataclasses.asdict(one) for one in counts], cost=cost, panels=kept["panels"], task=index)
 
 

@@ -118,8 +118,7 @@ def _measure(
     by_task = learner.scenario == "task_incremental"
     with model:
         counts = [
-            evaluator.count(rows, labels[index], labels, task=index, given=by_task)
-            for index, rows in enumerate(tests)
+            evaluator.count(rows, labels[index], labels, task=index, given=by_task) for index, rows in enumerate(tests)
         ]
     aware = [one.task_aware for one in counts if one.task_aware is not None]
     return {"correct": [one.correct for one in counts]} | ({"task_aware": aware} if len(aware) == len(counts) else {})

@@ -24,6 +24,8 @@ __all__ = ["Plan", "Streams", "identity", "make_plan", "method_row", "row_option
 
 Given = Mapping[str, Any]
 
+ALL_ROWS = "all"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -140,7 +142,7 @@ def make_plan(
     text: str,
     *,
     file: str,
-    setting: str = "standard",
+    setting: str | None = None,
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     model: str | Path | None = None,
@@ -152,9 +154,10 @@ def make_plan(
     Args:
         text: the recipe as written.
         file: its name, for messages.
-        setting: one of its settings.
+        setting: one of its settings; `None` takes the recipe's default.
         methods: rows to run; a registered method that the recipe has no row for runs with its defaults. `None` takes
-            the recipe's default rows, baselines included; given names run exactly as given.
+            the recipe's default rows, baselines included; given names run exactly as given. `all` stands for every
+            row of the recipe.
         seeds: seeds to run; `None` takes the recipe's.
         model: base model instead of the recipe's candidates.
         data: data instead of the recipe's.
@@ -168,17 +171,18 @@ def make_plan(
         ModelError: none of the base models can be found.
     """
     recipe = parse_recipe(text, file=file)
+    setting = recipe.default_setting if setting is None else setting
     if setting not in recipe.settings:
         raise OptionError(f"Recipe '{recipe.name}' has no setting '{setting}'; {nearest(setting, recipe.settings)}")
     chosen = recipe.settings[setting]
     default_rows = chosen.methods or recipe.default_methods
-    rows = tuple(dict.fromkeys(_row_name(recipe, name) for name in (default_rows if methods is None else methods)))
-    wanted_seeds = tuple(dict.fromkeys(recipe.seeds if seeds is None else seeds))
+    rows = tuple(dict.fromkeys(_row_names(recipe, default_rows if methods is None else methods)))
+    wanted_seeds = tuple(dict.fromkeys((chosen.seeds or recipe.seeds) if seeds is None else seeds))
     if not rows or not wanted_seeds:
         raise OptionError(f"Recipe '{recipe.name}' was given no methods or no seeds; name at least one of each.")
     plan = Plan(text, file, setting, rows, wanted_seeds, "", data, dict(options or {}))
     _check_options(plan, recipe)
-    found = str(model) if model is not None else _first_model(recipe)
+    found = str(model) if model is not None else _first_model(recipe, chosen)
     return dataclasses.replace(plan, model=found)
 
 
@@ -215,6 +219,14 @@ def identity(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def _row_names(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """The rows that are meant, `all` being every row of the recipe."""
+    found: list[str] = []
+    for name in names:
+        found += list(recipe.methods) if name.strip().lower() == ALL_ROWS else [_row_name(recipe, name)]
+    return found
+
+
 def _row_name(recipe: Recipe, name: str) -> str:
     """Find a row by name, `-` and `_` alike; any registered method is a row with its defaults."""
     wanted = name.strip().lower().replace("-", "_")
@@ -227,9 +239,9 @@ def _row_name(recipe: Recipe, name: str) -> str:
     return names[wanted]
 
 
-def _first_model(recipe: Recipe) -> str:
+def _first_model(recipe: Recipe, setting: Setting) -> str:
     reasons = []
-    for candidate in recipe.model:
+    for candidate in setting.model or recipe.model:
         try:
             resolve_source(candidate)
         except ModelError as error:

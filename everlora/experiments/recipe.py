@@ -143,11 +143,17 @@ def _packaged() -> dict[str, str]:
 
 def _check_references(recipe: Recipe, file: str) -> None:
     """Names that point at other parts of the recipe must be there."""
-    if "standard" not in recipe.settings:
-        raise OptionError(f"{file}: field settings has no 'standard'; it is the setting that runs when none is named.")
+    if recipe.default_setting not in recipe.settings:
+        raise OptionError(
+            f"{file}: field settings has no '{recipe.default_setting}'; it is the setting that runs when none is named."
+        )
     rows = [("default_methods", name) for name in recipe.default_methods]
     for key, setting in recipe.settings.items():
         rows += [(f"settings.{key}.methods", name) for name in setting.methods or ()]
+    for key, claim in recipe.claims.items():
+        rows += [(f"claims.{key}", name) for name in (claim.row, claim.against) if name is not None]
+    if recipe.reference is not None:
+        rows.append(("reference", recipe.reference))
     for field, name in rows:
         if name not in recipe.methods:
             raise OptionError(

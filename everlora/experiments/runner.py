@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,6 +16,7 @@ import torch
 
 from everlora import __version__
 from everlora.errors import OptionError, UnsupportedError
+from everlora.experiments.claims import judge
 from everlora.experiments.data import Progress
 from everlora.experiments.execution import execute
 from everlora.experiments.paths import has_path, path_positions
@@ -45,6 +47,10 @@ _COPIED = (
     "panels",
     "options",
     "paths",
+    "reference_parameters",
+    "recognition",
+    "pretrained_digest",
+    "digests",
 )
 
 
@@ -55,11 +61,11 @@ def run(
     seeds: Sequence[int] | None = None,
     data: Any = None,
     model: str | Path | None = None,
-    setting: str = "standard",
+    setting: str | None = None,
     out: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     path_points: int = 0,
 ) -> dict[str, Any]:
     """Run a recipe: every method with every seed, measured after each task.
@@ -70,17 +76,18 @@ def run(
     Args:
         recipe: name of a packaged recipe, or path of a YAML file.
         methods: rows to run, exactly these; a registered method without a row in the recipe runs with its defaults.
-            `None` takes the recipe's default rows, which include the baselines that a table needs.
+            `None` takes the recipe's default rows, which include the baselines that a table needs, and `["all"]`
+            every row of the recipe.
         seeds: one run for each; `None` takes the recipe's.
         data: folder or file that replaces the recipe's data, or splits in memory (a mapping of `Examples`).
         model: base model that replaces the recipe's.
-        setting: which of the recipe's settings.
+        setting: which of the recipe's settings; `None` takes its default.
         out: folder for results; `None` makes `runs/<recipe>-<time>`.
         options: method, training and backbone options that win over the recipe's. A method option reaches the rows
             whose method has it.
         progress: called as `progress(stage, done, total)`.
         workers: processes, of one thread each, that share rows and seeds. The numbers equal those of one process
-            with one thread.
+            with one thread. `None` takes the recipe's number, at most one for each core, and one for data in memory.
         path_points: measure accuracy on the test rows also at this many weights on the straight line from half a step
             before each task's model to half a step after the next one's; 0 for none. A folder without them gets them
             by the same call with this argument, and nothing is learned again.
@@ -94,10 +101,6 @@ def run(
         ModelError: no base model can be found.
         UnsupportedError: several workers with data in memory.
     """
-    if workers < 1:
-        raise OptionError(f"workers is {workers}; give 1 or more.")
-    if workers > 1 and data is not None and not isinstance(data, str | Path):
-        raise UnsupportedError("Data in memory cannot be handed to other processes; give a folder, or use one worker.")
     if path_points:
         path_positions(path_points)
     text = recipe_text(recipe)
@@ -112,6 +115,7 @@ def run(
         options=options,
     )
     plan = dataclasses.replace(plan, path_points=path_points)
+    workers = _number_of_workers(workers, plan)
     _warn_of_missing_paths(plan)
     report = progress or _silent
     streams = Streams(plan, report)
@@ -126,6 +130,18 @@ def run(
     write_json(folder / "results.json", results)
     write_report(results, folder / "report.html")
     return results | {"folder": str(folder)}
+
+
+def _number_of_workers(given: int | None, plan: Plan) -> int:
+    """How many processes share the work; one means this process itself."""
+    in_memory = plan.data is not None and not isinstance(plan.data, str | Path)
+    if given is None:
+        return 1 if in_memory else min(plan.recipe.workers, os.cpu_count() or 1, len(plan.jobs))
+    if given < 1:
+        raise OptionError(f"workers is {given}; give 1 or more.")
+    if given > 1 and in_memory:
+        raise UnsupportedError("Data in memory cannot be handed to other processes; give a folder, or use one worker.")
+    return given
 
 
 def _warn_of_missing_paths(plan: Plan) -> None:
@@ -172,9 +188,10 @@ def _results(plan: Plan, folder: Path, source: str, *, threads: int) -> dict[str
     seeds = sorted({int(record["seed"]) for record in records})
     streams = {record["seed"]: record["stream"] for record in records}
     stream = streams[seeds[0]]
+    known = {row: method_row(recipe, row) for row in dict.fromkeys(record["method"] for record in records)}
     same_order = len({one["order_hash"] for one in streams.values()}) == 1
     settings = {"setting": plan.setting_name, **setting.model_dump(mode="json", exclude_defaults=True)}
-    return {
+    results = {
         "format": FORMAT,
         "recipe": {"name": recipe.name, "title": recipe.title, "status": recipe.status, "text": plan.text},
         "stream": {**stream, "order_seed": stream["order_seed"] if same_order else "the run's seed"},
@@ -190,7 +207,11 @@ def _results(plan: Plan, folder: Path, source: str, *, threads: int) -> dict[str
         "runs": [{name: record[name] for name in _COPIED if name in record} for record in records],
         "published": [_published(figure) for figure in recipe.published if figure.setting == plan.setting_name],
         "notes": recipe.notes,
+        "table": recipe.table,
+        "reference": recipe.reference,
+        "rows": {name: row.model_dump(mode="json", include={"family", "trials"}) for name, row in known.items()},
     }
+    return results | {"claims": judge(recipe.claims, results)}
 
 
 def _published(figure: PublishedFigure) -> dict[str, Any]:

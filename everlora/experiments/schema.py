@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 from everlora.methods.catalogue import DEFAULT
 
 __all__ = [
+    "ClaimSpec",
     "ColumnNames",
     "DataSpec",
+    "Family",
+    "Figure",
     "MethodRow",
     "OptionValue",
     "PublishedFigure",
@@ -28,6 +31,27 @@ __all__ = [
 OptionValue = bool | int | float | str | list[bool | int | float | str] | None
 Options = dict[str, OptionValue]
 Percent = float
+Family = Literal["rehearsal", "distance-based", "sub-networks", "dynamic networks", "reference"]
+Figure = Literal[
+    "til",
+    "cil",
+    "learning_acc",
+    "forgetting_til",
+    "bwt_til",
+    "forgetting_cil",
+    "bwt_cil",
+    "task_recognition",
+    "params_growth",
+    "growth_per_task",
+    "e95_own",
+    "e95_ref",
+    "s95_ref",
+    "aulc",
+    "sec_step",
+    "sec_task",
+    "peak_mem",
+    "state_bytes",
+]
 
 
 class _Part(BaseModel):
@@ -102,6 +126,7 @@ class StreamSpec(_Part):
         scenario: what is known at test time.
         order: `seed` (the run's seed orders the classes), `natural` (the source's own order) or a fixed seed.
         task_order: values of the task column in the order wanted, for `by: column`.
+        tasks: only so many tasks, the first ones; `None` takes all.
     """
 
     by: Literal["class", "column", "datasets"] = "class"
@@ -110,6 +135,7 @@ class StreamSpec(_Part):
     scenario: Literal["class_incremental", "domain_incremental", "task_incremental", "language"] = "class_incremental"
     order: Literal["seed", "natural"] | int = "seed"
     task_order: tuple[str, ...] | None = None
+    tasks: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _classes_have_an_increment(self) -> StreamSpec:
@@ -119,10 +145,20 @@ class StreamSpec(_Part):
 
 
 class MethodRow(_Part):
-    """One row of the table: a registered method with its options and, if they differ, training options."""
+    """One row of the table: a registered method with its options and, if they differ, training options.
+
+    Attributes:
+        method: a registered name.
+        label: what the table calls the row.
+        family: which kind of remedy against forgetting it is.
+        trials: how many values of its learning rate were tried before one was written down.
+        set: options.
+    """
 
     method: str
     label: str | None = None
+    family: Family | None = None
+    trials: PositiveInt | None = None
     set: Options = {}
 
 
@@ -155,6 +191,8 @@ class Setting(_Part):
         training: training options that differ.
         set: method options that differ, given to every row whose method knows them.
         evaluate_on: `validation` leaves the test sets alone altogether.
+        model: base models instead of the recipe's.
+        seeds: seeds instead of the recipe's.
         methods: rows run by default in this setting; `None` takes the recipe's `default_methods`.
     """
 
@@ -165,11 +203,62 @@ class Setting(_Part):
     training: Options = {}
     set: Options = {}
     evaluate_on: Literal["test", "validation"] = "test"
+    model: tuple[str, ...] | None = Field(default=None, min_length=1)
+    seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
     methods: tuple[str, ...] | None = None
 
 
+class ClaimSpec(_Part):
+    """A statement about two rows that a run can bear out or contradict.
+
+    Attributes:
+        claim: the statement, as somebody made it.
+        test: what must hold, for each of `figures` and seed by seed: `greater` or `less` compares `row` with
+            `against`; `only_zero` wants exactly 0 in `row`, and more than `margin` in `against`; `unchanged` wants the
+            pretrained tensors and those of earlier tasks of `row` to stay as they were, bit for bit.
+        row: the row it is about.
+        against: the row that it is compared with.
+        figures: the numbers that decide, all of them.
+        shown: numbers that are reported with it and decide nothing.
+        margin: by how much `greater` and `less` may be missed, and what `only_zero` asks of the other row.
+        published: what is known of it from its source.
+    """
+
+    claim: str
+    test: Literal["greater", "less", "only_zero", "unchanged"]
+    row: str
+    against: str | None = None
+    figures: tuple[Figure, ...] = ()
+    shown: tuple[Figure, ...] = ()
+    margin: float = Field(default=0.0, ge=0)
+    published: str = ""
+
+    @model_validator(mode="after")
+    def _has_what_its_test_needs(self) -> ClaimSpec:
+        if self.test == "unchanged":
+            if self.against or self.figures:
+                raise ValueError("tests for unchanged tensors, which needs neither against nor figures; leave them out")
+        elif not self.against or not self.figures:
+            raise ValueError("compares rows and needs both against and figures; add them")
+        return self
+
+
 class PublishedFigure(_Part):
-    """A number somebody else printed, in percent, with its source."""
+    """A number somebody else printed, in percent, with its source.
+
+    Attributes:
+        source: who printed it.
+        setting: which of the recipe's settings it belongs to.
+        method: row.
+        label: what the row is called there.
+        last: accuracy over all tasks at the end.
+        last_sd: its deviation.
+        avg: mean of that accuracy after each task.
+        avg_sd: its deviation.
+        learning: accuracy right after each task, the task given.
+        growth: parameters that one more task adds, in percent of the network.
+        note: what else must be known.
+    """
 
     source: str
     setting: str = "standard"
@@ -179,6 +268,8 @@ class PublishedFigure(_Part):
     last_sd: Percent | None = Field(default=None, ge=0, le=100)
     avg: Percent | None = Field(default=None, ge=0, le=100)
     avg_sd: Percent | None = Field(default=None, ge=0, le=100)
+    learning: Percent | None = Field(default=None, ge=0, le=100)
+    growth: Percent | None = Field(default=None, ge=0)
     note: str | None = None
 
 
@@ -198,7 +289,12 @@ class Recipe(_Part):
         methods: the rows that exist.
         default_methods: the rows that run when none are named, baselines included.
         seeds: the seeds that run when none are named.
-        settings: sizes of the experiment; `standard` is the one that runs when none is named.
+        settings: sizes of the experiment.
+        default_setting: the one that runs when none is named.
+        workers: processes that share rows and seeds when no number is given; never more than there are cores.
+        table: which numbers are printed: `accuracy`, or `head_to_head` with growth, speed and cost.
+        reference: row whose best accuracy on a task the speed of the others is measured by.
+        claims: statements that the run is held against.
         validation: how a validation set is made.
         published: figures of others.
         notes: what we measured and what to keep in mind.
@@ -217,6 +313,11 @@ class Recipe(_Part):
     default_methods: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     settings: dict[str, Setting] = {"standard": Setting()}
+    default_setting: str = "standard"
+    workers: PositiveInt = 1
+    table: Literal["accuracy", "head_to_head"] = "accuracy"
+    reference: str | None = None
+    claims: dict[str, ClaimSpec] = {}
     validation: ValidationSpec = ValidationSpec()
     published: tuple[PublishedFigure, ...] = ()
     notes: str = ""

@@ -1,6 +1,20 @@
 """From stored counts to a table and to one self-contained HTML page. Both take their numbers from `summarise`."""
 
+from everlora.report.claims import claims_caption, format_claims
+from everlora.report.layouts import CaptionedTable, tables
 from everlora.report.page import render_report, write_report
 from everlora.report.table import FormattedTable, Row, Statistic, format_table, summarise
 
-__all__ = ["FormattedTable", "Row", "Statistic", "format_table", "render_report", "summarise", "write_report"]
+__all__ = [
+    "CaptionedTable",
+    "FormattedTable",
+    "Row",
+    "Statistic",
+    "claims_caption",
+    "format_claims",
+    "format_table",
+    "render_report",
+    "summarise",
+    "tables",
+    "write_report",
+]

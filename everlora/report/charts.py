@@ -6,7 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Across", "Line", "LineChart", "Mark", "Scale", "Series", "Tick", "line_chart", "over_tasks"]
+__all__ = [
+    "Across",
+    "Line",
+    "LineChart",
+    "Mark",
+    "Scale",
+    "Series",
+    "Tick",
+    "line_chart",
+    "nice_range",
+    "over_tasks",
+]
 
 # One chart unit is about one pixel on a phone, so text sizes in the template stay legible there.
 WIDTH, HEIGHT = 460.0, 300.0
@@ -163,7 +174,7 @@ def line_chart(
     if not ends:
         return None
     across = across or over_tasks(len(series[0].means))
-    low, high, step = _nice_range(min(ends), max(ends), scale)
+    low, high, step = nice_range(min(ends), max(ends), scale)
     y_values = [round(low / step + k, 6) * step for k in range(round((high - low) / step) + 1)]
     texts = [f"{value:g}" for value in y_values]
     margin = max(LEFT, 12.0 + CHARACTER * max(map(len, texts)) + (10.0 if y_label else 0.0))
@@ -245,7 +256,7 @@ def _band(upper: Points, lower: Points) -> str:
     return "M" + "L".join(f"{x} {y}" for x, y in outline) + "Z"
 
 
-def _nice_range(low: float, high: float, scale: Scale) -> tuple[float, float, float]:
+def nice_range(low: float, high: float, scale: Scale) -> tuple[float, float, float]:
     """Round a range outwards to steps of 1, 2 or 5 times a power of ten, at most about six of them."""
     bounds = scale.bounds
     span = max(high - low, scale.least)

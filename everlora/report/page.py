@@ -13,6 +13,9 @@ import numpy as np
 
 from everlora.metrics import mean_and_deviation
 from everlora.report.charts import LineChart, Scale, Series, line_chart
+from everlora.report.claims import claims_caption, format_claims
+from everlora.report.growth import growth
+from everlora.report.layouts import DEFAULT_LAYOUT, tables
 from everlora.report.panels import HeatRows, panels
 from everlora.report.paths import paths
 from everlora.report.table import UNDEFINED, Group, format_table, grouped_matrices, summarise
@@ -21,6 +24,17 @@ __all__ = ["render_report", "write_report"]
 
 TEMPLATE = "page.html.jinja"
 ENOUGH_SEEDS = 3
+_PUBLISHED = {
+    "source": "Source",
+    "label": "Row",
+    "setting": "Setting",
+    "last": "Last",
+    "avg": "Average",
+    "learning": "When learned (TIL)",
+    "growth": "Growth per task",
+    "note": "Note",
+}
+_ALWAYS = ("source", "setting", "last", "avg", "note")
 
 
 def write_report(results: Mapping[str, Any], path: Path) -> None:
@@ -67,9 +81,14 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
         "title": recipe.get("title") or recipe.get("name") or stream.get("name") or "Continual learning run",
         "facts": _facts(results, num_tasks),
         "num_tasks": num_tasks,
+        "tables": tables(results, rows) if rows else [],
+        "more_tables": results.get("table", DEFAULT_LAYOUT) != DEFAULT_LAYOUT,
         "table": format_table(rows),
         "samples_table": format_table(rows, mean="samples"),
         "few_seeds": any(row["n"] < ENOUGH_SEEDS for row in rows),
+        "claims": format_claims(results) if results.get("claims") else None,
+        "claims_caption": claims_caption(results) if results.get("claims") else "",
+        "growth": growth(rows),
         "charts": _charts(by_label),
         "curve_tables": [_curve_table(by_label, name) for name in ("acc_step", "forgetting")] if rows else [],
         "runs": _run_rows(by_label),
@@ -78,7 +97,7 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
         "panels": [panel for label, group in by_label.items() for panel in panels(label, group)],
         "paths": [found for label, group in by_label.items() if (found := paths(label, group)) is not None],
         "tasks": _tasks(stream),
-        "published": [_published(entry) for entry in results.get("published") or []],
+        "published": _published(results.get("published") or []),
         "notes": results.get("notes") or "",
         "recipe_text": recipe.get("text") or "",
         "versions": _pairs(results.get("versions")),
@@ -187,9 +206,15 @@ def _tasks(stream: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _published(entry: Mapping[str, Any]) -> list[str]:
-    """A published row; its numbers are percentages and stay as their source gives them."""
-    return [_text(entry.get(name)) for name in ("source", "setting", "last", "avg", "note")]
+def _published(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Headings and published rows; their numbers are percentages and stay as their source gives them."""
+    named = {name: heading for name, heading in _PUBLISHED.items() if name in _ALWAYS or _any_has(entries, name)}
+    rows = [[_text(entry.get(name)) for name in named] for entry in entries]
+    return [list(named.values()), *rows] if rows else []
+
+
+def _any_has(entries: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(entry.get(name) is not None for entry in entries)
 
 
 def _pairs(mapping: Mapping[str, Any] | None) -> list[tuple[str, str]]:

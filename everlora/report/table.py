@@ -7,8 +7,18 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from everlora.errors import DataError, EverloraError, OptionError
 from everlora.metrics import AccuracyMatrix, mean_and_deviation
+from everlora.report.figures import run_figures
 
-__all__ = ["FormattedTable", "Row", "Statistic", "format_table", "grouped_matrices", "show", "summarise"]
+__all__ = [
+    "FormattedTable",
+    "Row",
+    "Statistic",
+    "format_table",
+    "grouped_matrices",
+    "run_values",
+    "show",
+    "summarise",
+]
 
 FORMAT = 1
 UNDEFINED = "–"  # noqa: RUF001  an en dash in a table cell: the number does not exist
@@ -26,7 +36,12 @@ class Statistic(TypedDict):
 
 
 class Row(TypedDict):
-    """One method: `metrics` are fractions named as in `AccuracyMatrix.summary`, `cost` is in seconds, bytes, counts."""
+    """One method.
+
+    `metrics` are fractions named as in `AccuracyMatrix.summary`, `cost` is in seconds, bytes, counts, `figures` are
+    those of `run_figures`; `exact_zeros` names the figures that are 0 in every run, without any rounding. `recognition`
+    and `options` are those of the first run.
+    """
 
     method: str
     label: str
@@ -34,6 +49,12 @@ class Row(TypedDict):
     n: int
     metrics: dict[str, Statistic]
     cost: dict[str, Statistic]
+    figures: dict[str, Statistic]
+    exact_zeros: list[str]
+    family: str | None
+    trials: int | None
+    recognition: str | None
+    options: dict[str, Any]
 
 
 class FormattedTable(NamedTuple):
@@ -79,7 +100,10 @@ def summarise(results: Mapping[str, Any]) -> list[Row]:
         DataError: as `grouped_matrices`.
     """
     rows: list[Row] = []
+    values, described = run_values(results), results.get("rows") or {}
     for (method, label), group in grouped_matrices(results).items():
+        figures = [values[method][run.get("seed")] for run, _ in group]
+        about = described.get(method) or {}
         summaries = [matrix.summary() for _, matrix in group]
         costs = [_cost(run, matrix.num_tasks) for run, matrix in group]
         rows.append(
@@ -90,9 +114,30 @@ def summarise(results: Mapping[str, Any]) -> list[Row]:
                 n=len(group),
                 metrics={name: _statistic([summary[name] for summary in summaries]) for name in summaries[0]},
                 cost={name: _statistic([cost[name] for cost in costs]) for name in costs[0]},
+                figures={name: _statistic([one[name] for one in figures]) for name in figures[0]},
+                exact_zeros=[name for name in figures[0] if all(one[name] == 0.0 for one in figures)],
+                family=about.get("family"),
+                trials=about.get("trials"),
+                recognition=group[0][0].get("recognition"),
+                options=dict(group[0][0].get("options") or {}),
             )
         )
     return rows
+
+
+def run_values(results: Mapping[str, Any]) -> dict[str, dict[int | None, dict[str, float | None]]]:
+    """Return the figures of every run, by method and seed (see `run_figures`).
+
+    Raises:
+        DataError: as `grouped_matrices`.
+    """
+    runs = [pair for group in grouped_matrices(results).values() for pair in group]
+    references = {run.get("seed"): run for run, _ in runs if run["method"] == results.get("reference")}
+    values: dict[str, dict[int | None, dict[str, float | None]]] = {}
+    for run, matrix in runs:
+        seed = run.get("seed")
+        values.setdefault(run["method"], {})[seed] = run_figures(run, matrix, references.get(seed))
+    return values
 
 
 def format_table(rows: Sequence[Row], *, mean: Mean = "tasks") -> FormattedTable:

@@ -9,13 +9,14 @@ from everlora.errors import OptionError
 from everlora.experiments import list_recipes, load_recipe, recipe_text
 from everlora.experiments.plan import make_plan
 from everlora.experiments.recipe import parse_recipe, stream_of
+from everlora.streams.orders import class_order
 
 NAMES = [info.name for info in list_recipes()]
 
 
 def test_the_promised_recipes_exist_and_say_where_they_ran():
     status = {info.name: info.status for info in list_recipes()}
-    here = {"digits", "clinc150-minilm", "cifar100-vit-small"}
+    here = {"digits", "clinc150-minilm", "cifar100-vit-small", "convlora-vs-senacnn"}
     papers = {
         "inflora-cifar100-vit-b16",
         "inflora-imagenet-r-vit-b16",
@@ -29,6 +30,7 @@ def test_the_promised_recipes_exist_and_say_where_they_ran():
         "sd-lora-imagenet-a-vit-b16",
         "sd-lora-cub-vit-b16",
         "sd-lora-domainnet-vit-b16",
+        "convlora-vs-senacnn-vgg19",
     }
     assert status == dict.fromkeys(here, "runs-here") | dict.fromkeys(papers, "not-run-here")
 
@@ -215,3 +217,56 @@ def test_unknown_names_are_answered_with_the_nearest(tmp_path):
 def test_every_recipe_says_both_learning_rates(name: str) -> None:
     """A change of a default must not move a published protocol."""
     assert {"epochs", "batch_size", "optimizer", "lr", "head_lr"} <= set(load_recipe(name).training)
+
+
+def test_the_protocol_of_the_comparison_of_cnns() -> None:
+    recipe = load_recipe("convlora_vs_senacnn")
+    assert recipe.default_methods == ("convlora", "senacnn", "pnn", "independent", "joint", "sequential")
+    assert set(recipe.methods) == {
+        *recipe.default_methods,
+        *("probe", "ncm", "replay", "lwf", "ewc", "packnet", "convlora_r2", "convlora_r8"),
+    }
+    assert {row.family for row in recipe.methods.values()} == {
+        "rehearsal",
+        "distance-based",
+        "sub-networks",
+        "dynamic networks",
+        "reference",
+    }
+    assert (recipe.seeds, recipe.default_setting, recipe.reference) == ((0, 1, 2), "mini", "independent")
+    sizes = {}
+    for name, setting in recipe.settings.items():
+        stream, training = stream_of(recipe, setting), recipe.training | setting.training
+        kept = int(training["keep_validation"])
+        rows = None if setting.subsample.train is None else setting.subsample.train - kept
+        sizes[name] = (stream.tasks, stream.increment, rows, kept, setting.subsample.test, training["epochs"])
+    assert sizes == {
+        "smoke": (3, 5, 20, 5, 10, 1),
+        "mini": (5, 10, 50, 10, 25, 4),
+        "small": (None, 10, 100, 20, 50, 5),
+        "small-resnet32": (None, 10, 100, 20, 50, 5),
+        "full": (None, 10, None, 50, None, 30),
+    }
+    assert (recipe.training["optimizer"], recipe.training["weight_decay"]) == ("adamw", 1e-4)
+    assert recipe.training["keep_best"] and recipe.training["drop_last"]
+    own = {key for row in recipe.methods.values() for key in row.set}
+    assert own <= {"rank", "alpha", "train", "lr"}, "rows differ in their method and their rate alone"
+    assert list(recipe.claims) == ["C1", "C1b", "C2", "C3", "C4", "C5-step", "C5-memory", "C5-disk", "C6"]
+
+
+def test_published_figures_of_the_comparison_of_cnns() -> None:
+    figures = load_recipe("convlora-vs-senacnn-vgg19").published
+    assert [(one.method, one.learning, one.growth) for one in figures] == [
+        ("convlora", 85.11, 1.70),
+        ("senacnn", 86.04, 97.49),
+        ("convlora", 75.41, 1.99),
+        ("senacnn", 77.37, 97.50),
+        ("independent", 77.45, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seed", "first"), [(0, [26, 86, 2, 55, 75]), (1, [80, 84, 33, 81, 93]), (2, [83, 30, 56, 24, 16])]
+)
+def test_class_orders_are_the_usual_ones(seed: int, first: list[int]) -> None:
+    assert class_order(100, seed)[:5].tolist() == first

@@ -1,0 +1,109 @@
+"""Claims as rows of text: what was said, what was found, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from everlora.report.table import FormattedTable
+
+__all__ = ["claims_caption", "format_claims"]
+
+
+class _Unit(NamedTuple):
+    """How a figure is called and printed."""
+
+    words: str
+    scale: float = 1.0
+    decimals: int = 2
+    unit: str = ""
+    with_ratio: bool = False
+
+
+_UNITS = {
+    "til": _Unit("TIL accuracy", 100.0, 1, " %"),
+    "cil": _Unit("CIL accuracy", 100.0, 1, " %"),
+    "learning_acc": _Unit("accuracy when learned", 100.0, 1, " %"),
+    "forgetting_til": _Unit("forgetting TIL", 100.0, 2, " points"),
+    "bwt_til": _Unit("BWT TIL", 100.0, 2, " points"),
+    "forgetting_cil": _Unit("forgetting CIL", 100.0, 2, " points"),
+    "bwt_cil": _Unit("BWT CIL", 100.0, 2, " points"),
+    "task_recognition": _Unit("tasks recognised", 100.0, 1, " %"),
+    "params_growth": _Unit("growth", 100.0, 1, " %", True),
+    "growth_per_task": _Unit("growth per task", 100.0, 2, " %", True),
+    "e95_own": _Unit("epochs to 95 % of own best", 1.0, 2),
+    "e95_ref": _Unit("epochs to 95 % of reference", 1.0, 2),
+    "s95_ref": _Unit("seconds to 95 % of reference", 1.0, 1, " s"),
+    "aulc": _Unit("mean accuracy over epochs", 100.0, 1, " %"),
+    "sec_step": _Unit("step", 1000.0, 1, " ms", True),
+    "sec_task": _Unit("time of a task", 1.0, 1, " s", True),
+    "peak_mem": _Unit("peak memory", 1e-6, 0, " MB", True),
+    "state_bytes": _Unit("on disk", 1e-6, 2, " MB", True),
+}
+
+
+def format_claims(results: Mapping[str, Any]) -> FormattedTable:
+    """Return one row for each claim of a run: id, claim, verdict, what was found, what its source's data say."""
+    labels = {run["method"]: str(run.get("label") or run["method"]) for run in results.get("runs") or []}
+    rows = [
+        [claim["id"], claim["claim"], claim["verdict"], _found(claim, labels), claim["published"]]
+        for claim in results.get("claims") or []
+    ]
+    return FormattedTable(["Claim", "What is claimed", "Verdict", "Found here", "Known of it"], rows)
+
+
+def claims_caption(results: Mapping[str, Any]) -> str:
+    """Return on what network, with how many runs and at what budget the claims were looked at."""
+    settings, stream = results.get("settings") or {}, results["stream"]
+    options: Mapping[str, Any] = next((run["options"] for run in results["runs"] if run.get("options")), {})
+    seeds = len(results.get("seeds") or [])
+    words = [
+        f"network {results.get('model')}",
+        f"setting {settings.get('setting')}",
+        _counted(stream["num_tasks"], "task"),
+        _counted(options["epochs"], "epoch") + " a task" if "epochs" in options else "",
+        _counted(seeds, "seed"),
+    ]
+    return (
+        f"Measured with {', '.join(word for word in words if word)}; differences seed by seed with a 95 % interval. "
+        "Nothing is said of other networks or budgets"
+    )
+
+
+def _found(claim: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    parts = [_finding(finding, claim, labels) for finding in claim["findings"] if finding["n"]]
+    return "; ".join([*parts, *([claim["reason"]] if claim["reason"] else [])])
+
+
+def _finding(finding: Mapping[str, Any], claim: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    if "pretrained_unchanged" in finding:
+        count = finding["n"]
+        return (
+            f"pretrained tensors unchanged in {finding['pretrained_unchanged']} of {count} runs, "
+            f"those of earlier tasks in {finding['tasks_unchanged']}"
+        )
+    unit = _UNITS[finding["figure"]]
+    means = [f"{labels.get(claim[side], claim[side])} {_value(finding[side]['mean'], unit)}" for side in _SIDES]
+    difference = f"difference {_number(finding['difference'], unit)}"
+    if finding["low"] is not None:
+        difference += f" [{_number(finding['low'], unit)}, {_number(finding['high'], unit)}]"
+    words = f"{unit.words}: {' and '.join(means)}{unit.unit}, {difference}"
+    if unit.with_ratio and finding["ratio"] is not None:
+        words += f", ratio {finding['ratio']:.2f}"
+    return words if finding["decides"] else f"{words} (not decisive)"
+
+
+_SIDES = ("row", "against")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _value(value: float, unit: _Unit) -> str:
+    return f"{unit.scale * value:,.{unit.decimals}f}"
+
+
+def _number(value: float, unit: _Unit) -> str:
+    """A signed difference; adding zero turns a rounded -0.0 into 0.0."""
+    return f"{round(unit.scale * value, unit.decimals) + 0.0:+,.{unit.decimals}f}"
