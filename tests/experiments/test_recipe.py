@@ -96,7 +96,7 @@ def test_published_figures_of_sd_lora_are_those_of_the_paper():
 def test_the_protocol_of_the_clinc150_recipe():
     recipe = load_recipe("clinc150_minilm")
     stream = stream_of(recipe, recipe.settings["standard"])
-    assert (stream.initial, stream.increment, stream.order, recipe.seeds) == (15, 15, "seed", (1993,))
+    assert (stream.initial, stream.increment, stream.order, recipe.seeds) == (15, 15, 1993, (1993,))
     assert recipe.training == {
         "epochs": 3,
         "batch_size": 32,
@@ -242,7 +242,7 @@ def test_the_protocol_of_the_comparison_of_cnns() -> None:
         sizes[name] = (stream.tasks, stream.increment, rows, kept, setting.subsample.test, training["epochs"])
     assert sizes == {
         "smoke": (3, 5, 20, 5, 10, 1),
-        "mini": (5, 10, 50, 10, 25, 4),
+        "mini": (4, 10, 32, 8, 25, 4),
         "small": (None, 10, 100, 20, 50, 5),
         "small-resnet32": (None, 10, 100, 20, 50, 5),
         "full": (None, 10, None, 50, None, 30),
