@@ -14,8 +14,9 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 demo: $(READY)
 	$(OFFLINE) $(BIN)/everlora run digits --methods inflora,sequential,probe,joint --out demo
 
+# Two processes of one thread each: two threads in each of two busy processes can be a hundred times slower.
 test: $(READY)
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(READY)
 	$(OFFLINE) $(BIN)/python -m pytest -m slow

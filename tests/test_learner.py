@@ -111,7 +111,7 @@ def test_a_failed_task_leaves_disk_and_learner_as_they_were(
         raise NumericError("the loss is nan")
 
     with monkeypatch.context() as patch:
-        patch.setattr("everlora.training.loop.TaskTrainer._train", fail)
+        patch.setattr("everlora.training.epochs.Epochs.run", fail)
         with pytest.raises(NumericError):
             learner.learn(toy_images(["c", "d"]))
     assert learner.classes != ["a", "b"] and learner.predict(toy_images(["a"], 1)), "reloaded on the next use"

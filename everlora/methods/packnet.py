@@ -43,7 +43,7 @@ class PackNetOptions:
     prune: Annotated[float, Field(ge=0, lt=1)] = 0.75
     schedule: Literal["fixed", "equal"] = "fixed"
     num_tasks: Annotated[int, Field(ge=1)] | None = None
-    post_epochs: Annotated[float, Field(ge=0, lt=1)] = 1 / 3
+    post_epochs: Annotated[float, Field(ge=0, lt=1)] = 0.33
     base: Literal["pretrained", "zero"] = "pretrained"
     select: Rule = "prototype"
     norm: NormMode = "per_task"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from everlora.report.charts import Scale, Tick, nice_range
 
-__all__ = ["PlacedSpot", "ScatterChart", "Spot", "scatter_chart"]
+__all__ = ["Box", "PlacedSpot", "ScatterChart", "Spot", "scatter_chart"]
 
 WIDTH, HEIGHT = 460.0, 380.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 14.0, 44.0

@@ -214,7 +214,8 @@ def experiments(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
-def test_run(call: Any, call_json: Any, experiments: list[dict[str, Any]]) -> None:
+def test_run(call: Any, call_json: Any, experiments: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # a narrower table breaks names over lines
     words = "--methods probe,ncm --seeds 1,2 --data d --model m --setting full --set epochs=1 --out o --workers 2"
     code, out, err = call("run", "digits", *words.split(), "--path-points", "9")
     assert (code, err) == (0, "")
