@@ -242,7 +242,7 @@ def test_the_protocol_of_the_comparison_of_cnns() -> None:
         sizes[name] = (stream.tasks, stream.increment, rows, kept, setting.subsample.test, training["epochs"])
     assert sizes == {
         "smoke": (3, 5, 20, 5, 10, 1),
-        "mini": (4, 10, 32, 8, 25, 4),
+        "mini": (4, 10, 32, 8, 20, 4),
         "small": (None, 10, 100, 20, 50, 5),
         "small-resnet32": (None, 10, 100, 20, 50, 5),
         "full": (None, 10, None, 50, None, 30),
