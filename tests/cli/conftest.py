@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,8 +45,12 @@ HEADER = {
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the program with these words: exit code, standard output, standard error."""
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the program with these words: exit code, standard output, standard error.
+
+    Its clock stands still, so that a busy machine adds no progress lines.
+    """
+    monkeypatch.setattr("everlora.cli.progress.time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def run(*words: str | Path) -> tuple[int, str, str]:
         code = main([str(word) for word in words])
