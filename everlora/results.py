@@ -1,11 +1,12 @@
-"""What a learner returns: task results, predictions, evaluations."""
+"""What a learner returns: task results, predictions, evaluations of classes and of language."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Counts", "Evaluation", "Prediction", "TaskResult"]
+__all__ = ["Counts", "Evaluation", "LanguageEvaluation", "LanguageScore", "Prediction", "TaskResult"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Prediction:
         label: name of the best class.
         score: its probability, softmax over the classes that compete.
         scores: probability of each of these classes by name, best first.
+        text: what a language model wrote; None for a class. `label` is then empty, unless the input named its labels.
     """
 
     label: str
     score: float
     scores: Mapping[str, float]
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,88 @@ class Evaluation:
     accuracy: float
     per_task: Mapping[str, float]
     counts: Mapping[str, Counts]
+
+
+@dataclass(frozen=True)
+class LanguageScore:
+    """How well a language model does on some rows.
+
+    Attributes:
+        nll: negative log-likelihood of all scored tokens, nats.
+        tokens: scored tokens.
+        num_bytes: UTF-8 bytes of the text that they stand for.
+        rows: rows.
+        correct: rows whose label was the likeliest, or whose text was exactly right; None where that was not measured.
+        answers: rows that `correct` is out of.
+        rouge_l: mean F1 of ROUGE-L over rows that were written, None where none were.
+
+    Source: section 9 of the reference on I-LoRA.
+    """
+
+    nll: float
+    tokens: int
+    num_bytes: int
+    rows: int
+    correct: int | None = None
+    answers: int = 0
+    rouge_l: float | None = None
+
+    @property
+    def cross_entropy(self) -> float:
+        """Nats a token, weighted by tokens; NaN without tokens."""
+        return self.nll / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the cross-entropy."""
+        return math.exp(self.cross_entropy)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers; NaN without bytes."""
+        return self.nll / (math.log(2) * self.num_bytes) if self.num_bytes else math.nan
+
+    @property
+    def accuracy(self) -> float | None:
+        """`correct / answers`; None where no row was answered."""
+        return None if self.correct is None or not self.answers else self.correct / self.answers
+
+    def __add__(self, other: LanguageScore) -> LanguageScore:
+        """Put the scores of two sets of rows together."""
+        written = [(s.rouge_l, s.answers) for s in (self, other) if s.rouge_l is not None]
+        weight = sum(answers for _, answers in written)
+        return LanguageScore(
+            self.nll + other.nll,
+            self.tokens + other.tokens,
+            self.num_bytes + other.num_bytes,
+            self.rows + other.rows,
+            None if self.correct is None and other.correct is None else (self.correct or 0) + (other.correct or 0),
+            self.answers + other.answers,
+            sum(rouge * answers for rouge, answers in written) / weight if weight else None,
+        )
+
+
+@dataclass(frozen=True)
+class LanguageEvaluation:
+    """How well a language model does, in all and by task.
+
+    Attributes:
+        total: over all rows.
+        per_task: by task name.
+    """
+
+    total: LanguageScore
+    per_task: Mapping[str, LanguageScore]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers; None where rows have none to compare."""
+        return self.total.accuracy
+
+    @property
+    def cross_entropy(self) -> float:
+        """Nats a token."""
+        return self.total.cross_entropy
 
 
 @dataclass(frozen=True)

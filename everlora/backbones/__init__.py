@@ -1,4 +1,4 @@
-"""Pretrained networks as `features(batch) -> (n, feature_dim)`: any Hugging Face encoder, and CIFAR ResNets."""
+"""Pretrained networks: Hugging Face encoders and CIFAR ResNets as `features(batch) -> (n, d)`, causal language models."""
 
 from everlora.backbones.base import Backbone, Modality
 from everlora.backbones.fingerprint import cache_folder, model_fingerprint

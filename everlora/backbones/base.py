@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from everlora.backbones.images import Augment, ImageInputs
 from everlora.backbones.inputs import Encoded, EncodedTexts, Rows
 from everlora.backbones.texts import TextInputs
-from everlora.errors import TargetError
+from everlora.errors import TargetError, UnsupportedError
+
+if TYPE_CHECKING:
+    from everlora.backbones.language_inputs import LanguageInputs
 
 __all__ = ["Backbone", "Modality"]
 
-Modality = Literal["image", "text"]
+Modality = Literal["image", "text", "language"]
 
 
 class Backbone(nn.Module, ABC):
@@ -37,7 +41,7 @@ class Backbone(nn.Module, ABC):
     def __init__(
         self,
         model: nn.Module,
-        inputs: ImageInputs | TextInputs,
+        inputs: ImageInputs | TextInputs | LanguageInputs,
         *,
         source: str,
         folder: Path,
@@ -59,8 +63,22 @@ class Backbone(nn.Module, ABC):
 
     @property
     def modality(self) -> Modality:
-        """`"image"` or `"text"`."""
+        """`"image"`, `"text"` or, for causal language models, `"language"`."""
         return "image" if isinstance(self.inputs, ImageInputs) else "text"
+
+    @property
+    def output_head(self) -> nn.Module | None:
+        """The output layer of a causal language model; `None` for an encoder, whose classifier a method adds."""
+        return None
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of transformer blocks of a causal language model; raises UnsupportedError for others."""
+        raise UnsupportedError(f"{self.architecture} gives one vector a row, and no hidden states by layer")
+
+    def hidden_states(self, batch: dict[str, Tensor], layers: Sequence[int]) -> tuple[Tensor, ...]:
+        """Hidden states of a causal language model; raises UnsupportedError for others."""
+        raise UnsupportedError(f"{self.architecture} gives one vector a row, and no hidden states by layer")
 
     @property
     def image_size(self) -> int | None:

@@ -25,7 +25,15 @@ from everlora.backbones.texts import TextInputs
 from everlora.errors import ModelError, OptionError
 from everlora.lowrank import slice_names
 
-__all__ = ["HuggingFaceBackbone", "accepts", "load_huggingface", "quiet_transformers"]
+__all__ = [
+    "HuggingFaceBackbone",
+    "accepts",
+    "guarded_load",
+    "hidden_size",
+    "linear_names",
+    "load_huggingface",
+    "quiet_transformers",
+]
 
 logger = logging.getLogger("everlora.backbones")
 
@@ -58,7 +66,7 @@ class HuggingFaceBackbone(Backbone):
         interpolate: bool = False,
         **names: Any,
     ) -> None:
-        width = pooled_width(names["pooling"], _hidden_size(model))
+        width = pooled_width(names["pooling"], hidden_size(model))
         super().__init__(model, inputs, feature_dim=width, **names)
         self.dtype = next(model.parameters()).dtype
         self.num_prefix = facts.num_prefix + _num_registers(model)
@@ -72,7 +80,7 @@ class HuggingFaceBackbone(Backbone):
         Raises:
             TargetError: none of the known names is present.
         """
-        return known_targets(self._linear_names(), self._preferred_targets)
+        return known_targets(linear_names(self.model), self._preferred_targets)
 
     def attention_targets(self, *roles: str) -> tuple[str, ...]:
         """Last name components of the projections with the given roles: `query`, `key`, `value`.
@@ -81,13 +89,7 @@ class HuggingFaceBackbone(Backbone):
             TargetError: none of the known names is present, or the projections are fused into one layer that
                 cannot be taken apart.
         """
-        return known_projections(self._linear_names(), roles, self._preferred_targets)
-
-    def _linear_names(self) -> list[str]:
-        names = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        # An adapted layer keeps its frozen linear layer inside, one name component deeper.
-        adapted = [name.removesuffix(".base") for name in names if name.endswith(".base")]
-        return [*names, *adapted, *slice_names(self.model)]
+        return known_projections(linear_names(self.model), roles, self._preferred_targets)
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute pooled features, `(n, feature_dim)` float32."""
@@ -131,7 +133,7 @@ def load_huggingface(
         OptionError: an option does not fit the modality of the model.
     """
     with quiet_transformers():
-        config = _guarded(folder, transformers.AutoConfig.from_pretrained, folder, local_files_only=True)
+        config = guarded_load(folder, transformers.AutoConfig.from_pretrained, folder, local_files_only=True)
         architecture = str(config.model_type)
         facts = ARCHITECTURES.get(architecture, _UNKNOWN)
         chosen = _choose_pooling(folder, facts) if pooling == "auto" else pooling
@@ -176,7 +178,12 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _guarded(folder: Path, load: Any, *args: Any, **options: Any) -> Any:
+def guarded_load(folder: Path, load: Any, *args: Any, **options: Any) -> Any:
+    """Call what loads a part of a folder; whatever it raises becomes one sentence.
+
+    Raises:
+        ModelError: it raised one of the many errors of transformers for a broken or unsuitable folder.
+    """
     try:
         return load(*args, **options)
     except _LOADING_ERRORS as error:
@@ -194,11 +201,11 @@ def _load_encoder(folder: Path, config: Any, facts: Architecture, *, pooler: boo
     options["use_safetensors"] = True  # a pickle is never read
     if facts.loader == "AutoModel":
         options["config"] = config
-        model_class = _guarded(folder, transformers.MODEL_MAPPING.__getitem__, type(config))
+        model_class = guarded_load(folder, transformers.MODEL_MAPPING.__getitem__, type(config))
         if not isinstance(model_class, tuple) and accepts(model_class, "add_pooling_layer"):
             options["add_pooling_layer"] = pooler
     with torch.random.fork_rng(devices=[]):  # starting values of absent layers must not move the caller's randomness
-        model, info = _guarded(folder, loader.from_pretrained, folder, **options)
+        model, info = guarded_load(folder, loader.from_pretrained, folder, **options)
     missing = sorted(name for name in info["missing_keys"] if pooler or not name.startswith("pooler."))
     if missing:
         raise ModelError(
@@ -208,12 +215,25 @@ def _load_encoder(folder: Path, config: Any, facts: Architecture, *, pooler: boo
     return model
 
 
+def linear_names(model: nn.Module) -> list[str]:
+    """Qualified names of all linear layers of a network, those inside adapted ones and slices of fused ones too."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # An adapted layer keeps its frozen linear layer inside, one name component deeper.
+    adapted = [name.removesuffix(".base") for name in names if name.endswith(".base")]
+    return [*names, *adapted, *slice_names(model)]
+
+
 def accepts(function: Any, name: str) -> bool:
     """Whether a function names the argument `name`."""
     return name in inspect.signature(function).parameters
 
 
-def _hidden_size(model: Any) -> int:
+def hidden_size(model: Any) -> int:
+    """Width of the hidden states, that of the last stage where they differ.
+
+    Raises:
+        ModelError: the model's config does not say.
+    """
     config = model.config
     # Convolutional networks list one width for each stage.
     width = getattr(config, "hidden_size", None) or getattr(config, "hidden_sizes", [None])[-1]
@@ -244,7 +264,7 @@ def _image_transform(folder: Path, config: Any, image_size: int | None, normalis
     if (folder / "preprocessor_config.json").is_file():
         with quiet_transformers():
             load = transformers.AutoImageProcessor.from_pretrained
-            processor = _guarded(folder, load, folder, local_files_only=True, trust_remote_code=False)
+            processor = guarded_load(folder, load, folder, local_files_only=True, trust_remote_code=False)
         transform = ImageTransform.from_processor(processor, native)
     else:
         logger.info("no preprocessor_config.json in %s: pixels are scaled to [-1, 1]", folder)
@@ -276,7 +296,7 @@ def _needs_interpolation(model: Any, size: int | None, source: str) -> bool:
 def _text_inputs(folder: Path, config: Any, facts: Architecture, max_length: int | None) -> TextInputs:
     with quiet_transformers():
         load = transformers.AutoTokenizer.from_pretrained
-        tokenizer = _guarded(folder, load, folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = guarded_load(folder, load, folder, local_files_only=True, trust_remote_code=False)
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and facts.offset_positions:
         limit -= int(config.pad_token_id or 0) + 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from everlora.backbones.base import Backbone
+from everlora.backbones.causal_lm import load_causal_lm
 from everlora.backbones.cifar_resnet import is_cifar_resnet, load_cifar_resnet
 from everlora.backbones.huggingface import load_huggingface
 from everlora.backbones.images import check_image_size
@@ -18,6 +19,7 @@ __all__ = ["load_backbone"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NORMALISATIONS = ("processor", "unit")
+_KINDS = ("encoder", "causal_lm")
 
 
 def load_backbone(
@@ -29,6 +31,11 @@ def load_backbone(
     max_length: int | None = None,
     image_size: int | None = None,
     trust_remote_code: bool = False,
+    kind: str = "encoder",
+    quantization: str = "none",
+    template: str = "auto",
+    train_on_inputs: bool = False,
+    block_size: int | None = None,
 ) -> Backbone:
     """Load a pretrained network, frozen and in evaluation mode.
 
@@ -41,6 +48,11 @@ def load_backbone(
         image_size: images only: side in pixels; by default what the model was trained with. Position embeddings
             are interpolated where the model can.
         trust_remote_code: must stay `False`: code that comes with weights is never run.
+        kind: `"encoder"`, or `"causal_lm"` for a language model with its output layer; the next four are for these.
+        quantization: `"none"`, `"4bit"` or `"8bit"` weights.
+        template: how instructions become a prompt, see `everlora.backbones.LanguageInputs`.
+        train_on_inputs: learn prompts, too, and not answers only.
+        block_size: tokens of the blocks that plain text is cut into; the longest row by default.
 
     Returns:
         The backbone; `default_targets`, `feature_dim`, `encode`, `collate`, `features` are the parts to use.
@@ -60,7 +72,27 @@ def load_backbone(
         raise OptionError(f"unknown dtype {dtype!r}; {nearest(str(dtype), _DTYPES)}")
     if image_size is not None:
         check_image_size(image_size)
+    if kind not in _KINDS:
+        raise OptionError(f"unknown kind {kind!r}; {nearest(kind, _KINDS)}")
     folder = resolve_source(source)
+    if kind == "causal_lm":
+        if image_size is not None or pooling != "auto" or normalize != "processor":
+            raise OptionError("a language model takes no image_size, pooling or normalize; leave them out")
+        return load_causal_lm(
+            folder,
+            source=str(source),
+            dtype=_DTYPES[dtype],
+            quantization=quantization,
+            max_length=max_length,
+            template=template,
+            train_on_inputs=train_on_inputs,
+            block_size=block_size,
+        )
+    if (quantization, template, train_on_inputs, block_size) != ("none", "auto", False, None):
+        raise OptionError(
+            "quantization, template, train_on_inputs and block_size are for language models (scenario language); leave "
+            "them out"
+        )
     normalise = normalize == "processor"
     if is_cifar_resnet(folder):
         if (max_length, image_size) != (None, None) or pooling not in ("auto", "mean"):

@@ -1,6 +1,7 @@
-"""Classification heads that grow with the tasks, and the ways to calibrate them."""
+"""Heads: classifiers that grow with the tasks and the ways to calibrate them, and the output of a language model."""
 
 from everlora.heads.alignment import Aligner, AlignmentOptions, ClassStatistics, align_heads
+from everlora.heads.language_head import LanguageHead
 from everlora.heads.task_heads import HeadRows, TaskHeads
 
-__all__ = ["Aligner", "AlignmentOptions", "ClassStatistics", "HeadRows", "TaskHeads", "align_heads"]
+__all__ = ["Aligner", "AlignmentOptions", "ClassStatistics", "HeadRows", "LanguageHead", "TaskHeads", "align_heads"]

@@ -13,6 +13,10 @@ from everlora.errors import DataError
 
 __all__ = ["HeadRows", "TaskHeads"]
 
+# Squares of the bounds of a new head's weights and biases, times the features: torch's own start, zeros, and the
+# uniform start of variance 1 / features over zero biases.
+_STARTS = {"uniform": (1.0, 1.0), "zeros": (0.0, 0.0), "kaiming": (3.0, 0.0)}
+
 
 @dataclass(frozen=True)
 class HeadRows:
@@ -41,6 +45,7 @@ class TaskHeads(nn.Module):
     _place: Tensor
 
     def __init__(self, feature_dim: int, init: str = "uniform") -> None:
+        """Make an empty set of heads; new ones start `uniform`, as torch draws them, from `zeros` or by `kaiming`."""
         super().__init__()
         self.init = init
         self.feature_dim = feature_dim
@@ -53,18 +58,17 @@ class TaskHeads(nn.Module):
 
         Args:
             classes: class index of each row of the new head, distinct.
-            generator: source of the initial rows, uniform in `+-1/sqrt(features)` as torch draws them; not used when
-                the heads start from zeros.
+            generator: source of the initial rows; not used when the heads start from zeros.
 
         Returns:
             The new head, `(len(classes), features)`.
         """
         self.freeze()
         head = nn.Linear(self.feature_dim, len(classes))
-        bound = 1 / math.sqrt(self.feature_dim) if self.init == "uniform" else 0.0
+        rows, bias = (math.sqrt(square / self.feature_dim) for square in _STARTS[self.init])
         with torch.no_grad():
-            head.weight.uniform_(-bound, bound, generator=generator)
-            head.bias.uniform_(-bound, bound, generator=generator)
+            head.weight.uniform_(-rows, rows, generator=generator)
+            head.bias.uniform_(-bias, bias, generator=generator)
         self.heads.append(head.to(self._device()))
         self.classes.append(tuple(int(c) for c in classes))
         return head
@@ -85,6 +89,25 @@ class TaskHeads(nn.Module):
     def freeze(self) -> None:
         """Stop training every head."""
         self.requires_grad_(False)
+
+    def train_all(self) -> None:
+        """Let every head go on training."""
+        self.requires_grad_(True)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters in training."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def first(self, count: int) -> TaskHeads:
+        """The heads of the first tasks alone; they are shared, not copied."""
+        part = TaskHeads(self.feature_dim, self.init)
+        part.heads, part.classes = self.heads[:count], self.classes[:count]
+        return part
+
+    def task_rows(self, index: int) -> dict[str, Tensor]:
+        """`weight` and `bias` of one head, detached copies on the CPU."""
+        head = self.linears[index]
+        return {"weight": head.weight.detach().cpu().clone(), "bias": head.bias.detach().cpu().clone()}
 
     def num_classes(self) -> int:
         """Number of distinct classes, assuming indices are dense from 0."""
@@ -125,15 +148,45 @@ class TaskHeads(nn.Module):
             A scalar: the mean over the batch.
         """
         task = len(self.heads) - 1
-        rows = self.row_logits(features, task if over == "local" else None).float()
-        own = torch.tensor(self.classes[task], device=labels.device)
+        return self.rows_loss(self.row_logits(features, task if over == "local" else None), labels)
+
+    def rows_loss(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the newest task, from rows of logits `(n, rows)` of which its own come last."""
+        own = torch.tensor(self.classes[-1], device=labels.device)
         matches = labels[:, None] == own[None, :]
         if not bool(matches.any(dim=1).all()):
             raise DataError(
                 "a label of the batch does not belong to the task being learned; pass each task's own rows."
             )
-        offset = rows.shape[1] - len(own)  # the newest head's rows come last
-        return nn.functional.cross_entropy(rows, matches.int().argmax(dim=1) + offset)
+        offset = rows.shape[1] - len(own)
+        return nn.functional.cross_entropy(rows.float(), matches.int().argmax(dim=1) + offset)
+
+    def joint_loss(self, features: Tensor, labels: Tensor, tasks: Tensor, over: str = "seen") -> Tensor:
+        """Cross-entropy of rows of several tasks.
+
+        Args:
+            features: `(n, features)`.
+            labels: `(n,)` class indices.
+            tasks: `(n,)` number of the task each row was learned with.
+            over: `"seen"`, over all classes, or `"local"`, for each row over the rows of its own task's head.
+
+        Raises:
+            DataError: a label that the head of its task does not have.
+        """
+        if over == "seen":
+            return nn.functional.cross_entropy(self.class_logits(features), labels)
+        rows = self.row_logits(features).float()
+        owners = [(c, index) for index, classes in enumerate(self.classes) for c in classes]
+        row_class, row_task = torch.tensor(owners, device=rows.device).T
+        own = row_task == tasks[:, None]
+        right = own & (row_class == labels[:, None])
+        if not bool(right.any(dim=1).all()):
+            raise DataError("a label does not belong to the task it is said to be of; pass each task's own rows.")
+        return nn.functional.cross_entropy(rows.masked_fill(~own, -torch.inf), right.int().argmax(dim=1))
+
+    def outputs(self, features: Tensor, labels: Tensor, count: int) -> list[Tensor]:
+        """What distillation keeps: logits `(n, rows)` float32 of each of the first `count` heads."""
+        return [self.row_logits(features, index).float() for index in range(count)]
 
     def rows(self) -> HeadRows:
         """All rows in task order, detached and on the CPU."""

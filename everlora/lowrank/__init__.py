@@ -9,6 +9,7 @@ from everlora.lowrank.adapted import LowRankLayer
 from everlora.lowrank.attach import attach, detach, input_groups, share_down
 from everlora.lowrank.compression import DirectionSum, compress
 from everlora.lowrank.directions import cosines, fit_direction, gram
+from everlora.lowrank.exchange import exchanged, interpolate_, retention
 from everlora.lowrank.factors import Direction, direction_norm
 from everlora.lowrank.fused import FusedProjection, join_factors, slice_names, split_factors
 from everlora.lowrank.layer import AdaptedLayer, LowRankConv2d, LowRankLinear
@@ -39,13 +40,16 @@ __all__ = [
     "cosines",
     "detach",
     "direction_norm",
+    "exchanged",
     "find_targets",
     "fit_direction",
     "gram",
     "input_groups",
+    "interpolate_",
     "join_factors",
     "rank_cap",
     "record_moments",
+    "retention",
     "share_down",
     "slice_names",
     "split_factors",

@@ -53,6 +53,7 @@ class LowRankLayer(BlockStore):
             coefficients: `"thin"` products over all columns, `"dense"` from one product of the size of the base, or
             the cheaper of the two (`"auto"`). An attribute, to be changed at any time.
         scale: what the current block counts with, `alpha / rank` for instance; no part of the state.
+        dropout: share of the current block's inputs that are dropped while training. An attribute.
 
     Raises:
         OptionError: `rank`, `forward_mode`, `gradient_form` or `scale` is out of range.
@@ -73,6 +74,7 @@ class LowRankLayer(BlockStore):
         generator: torch.Generator | None = None,
         gradient_form: str = "auto",
         scale: float = 1.0,
+        dropout: float = 0.0,
     ) -> None:
         if not isinstance(base, self.kind):
             raise TargetError(f"expected a {self.kind.__name__} to adapt, found a {type(base).__name__}")
@@ -92,7 +94,7 @@ class LowRankLayer(BlockStore):
         self.group: InputGroup | None = None
         self._working, self._joined = WorkingWeight(self.groups), ConcatenatedFactors()
         self._magnitudes: Magnitudes | None = None
-        self.scale = scale
+        self.scale, self.dropout = scale, dropout
         self.start_block(rank, generator=generator)
         if self.resolved_mode == "folded":
             self._refresh()  # the buffers exist from now on, so later tasks need no more memory than the first
@@ -146,6 +148,8 @@ class LowRankLayer(BlockStore):
 
     def forward_eager(self, x: Tensor) -> Tensor:
         """Do what `forward` does; never traced."""
+        if self.dropout and self.training and self.rank:
+            return self._dropping(x)
         return self._folded(x) if self.resolved_mode == "folded" else self._factored(x)
 
     @abstractmethod
@@ -155,6 +159,10 @@ class LowRankLayer(BlockStore):
     @abstractmethod
     def _factored(self, x: Tensor) -> Tensor:
         """Add the branches to what the base gives."""
+
+    def _dropping(self, x: Tensor) -> Tensor:
+        """Drop some of the inputs that the current block reads."""
+        raise UnsupportedError(f"a {type(self).__name__} has no adapter dropout; set it to 0")
 
     def _trains(self) -> bool:
         by = self._magnitudes

@@ -59,6 +59,17 @@ class LowRankLinear(LowRankLayer):
         projection = self._project(x, columns[0])
         return factored_branch(y, x, self.up, self.down, projection=projection, columns=columns, scale=self.scale)
 
+    def _dropping(self, x: Tensor) -> Tensor:
+        self._refuse_magnitudes("adapter dropout")
+        y: Tensor = self.base(x)
+        dtype = torch.promote_types(x.dtype, self.up.dtype)
+        with without_autocast(x.device):
+            wide = x.to(dtype)
+            branch = self.scale * functional.dropout(wide, self.dropout) @ self.down.T @ self.up.T
+            if self.total_rank:
+                branch = branch + wide @ self.past_down.T @ (self.past_up * self.past_scale).T
+            return (y + branch).to(y.dtype)
+
     def _project(self, x: Tensor, down: Tensor) -> Tensor:
         return project(x, down) if self.group is None else self.group.project(x, down)
 

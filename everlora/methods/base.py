@@ -6,24 +6,27 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from everlora.errors import DataError, UnsupportedError
-from everlora.heads import Aligner, AlignmentOptions, HeadRows, TaskHeads
+from everlora.heads import Aligner, AlignmentOptions, HeadRows, LanguageHead, TaskHeads
 from everlora.lowrank import AdaptedLayer
 
 __all__ = [
+    "ANY_MODALITY",
     "Batch",
     "Collect",
     "Encoder",
+    "Heads",
     "Loss",
     "Method",
     "Recalled",
+    "Share",
     "State",
     "TaskInfo",
     "aligner_of",
@@ -31,7 +34,9 @@ __all__ = [
     "features_by_class",
     "heads_state",
     "keyed_generator",
+    "load_head",
     "load_heads",
+    "make_heads",
     "realign",
     "task_key",
     "tasks_in",
@@ -41,11 +46,27 @@ State = dict[str, Any]
 """Flat mapping name -> tensor or plain JSON value; names under `tasks/000/` are written once, with that task."""
 
 
+Heads: TypeAlias = TaskHeads | LanguageHead
+"""What turns features into scores; both have the same verbs."""
+ANY_MODALITY = frozenset({"image", "text", "language"})
+
+
 class Encoder(Protocol):
     """What a method sees of a pretrained model (a `Backbone`)."""
 
     feature_dim: int
     model: nn.Module
+
+    @property
+    def output_head(self) -> nn.Module | None:
+        """The output layer of a causal language model; None for an encoder, whose classifier a method adds."""
+
+    def hidden_states(self, batch: dict[str, Tensor], layers: Sequence[int]) -> tuple[Tensor, ...]:
+        """Hidden states `(n, T, d)` float32 of a causal language model after some of its blocks, 0 for embeddings."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of transformer blocks of a causal language model, the largest number of `hidden_states`."""
 
     @property
     def num_parameters(self) -> int:
@@ -59,7 +80,7 @@ class Encoder(Protocol):
         """Name patterns of the projections of the attention with the given roles: `query`, `key`, `value`."""
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """Pooled features `(n, feature_dim)` float32."""
+        """Pooled features `(n, feature_dim)` float32; of a causal language model those of all tokens, `(n, T, d)`."""
 
     def token_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
         """True for real tokens, `(n, tokens)`, or None when all are real."""
@@ -74,12 +95,31 @@ class TaskInfo:
         name: its name.
         classes: class indices of its labels (indices are given in order of first appearance over all tasks).
         num_examples: training rows.
+        steps: optimiser steps that it will be trained for.
     """
 
     index: int
     name: str
     classes: tuple[int, ...]
     num_examples: int
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of an optimiser step a batch is, where a step is computed in several pieces or processes.
+
+    The training loop multiplies the loss of a piece, a mean over its supervised rows or tokens, by `supervised`. A term
+    that is a mean over memory tokens must be multiplied by `memory / supervised`. The sum over the pieces is then what
+    one large batch would give.
+
+    Attributes:
+        supervised: of the supervised rows or tokens, those of the batch and its memory together.
+        memory: of the tokens, or rows, of the memory.
+    """
+
+    supervised: float = 1.0
+    memory: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,11 +128,12 @@ class Batch:
 
     Attributes:
         inputs: keyword tensors of the encoder (may be empty when `features` is given).
-        labels: `(n,)` class indices.
+        labels: `(n,)` class indices; for a causal language model `(n, T)` token ids, -100 where nothing is learned.
         features: `(n, d)` features computed beforehand, for a model that does not change.
         rows: `(n,)` row numbers within the task's data, as `Collect.rows` takes them; None outside of training.
         memory: rows of earlier tasks to be trained along with these, where `Method.recall` gave any.
         tasks: `(n,)` number of the task each row was learned with; only in a `memory`.
+        share: see `Share`.
     """
 
     inputs: dict[str, Tensor]
@@ -101,6 +142,7 @@ class Batch:
     rows: Tensor | None = None
     memory: Batch | None = None
     tasks: Tensor | None = None
+    share: Share = Share()
 
 
 @dataclass(frozen=True)
@@ -178,6 +220,10 @@ class Method(ABC):
     isolated: bool = False
     """True when each task has a network of its own: `logits` then needs `Batch.inputs`, and its answer with a given
     task is another than its answer without, restricted to that task's classes."""
+    suits: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    """Modalities of the models it can train; `language` stands for causal language models."""
+    variants: tuple[str, ...] = ()
+    """Names of the weights that one may predict with, the usual ones first; empty where there is but one choice."""
     settled: bool = True
     """False while the weights of a task are not yet of the kind that is kept, before pruning for instance: until then
     no epoch is remembered as the best."""
@@ -219,6 +265,24 @@ class Method(ABC):
         unless this hook says so.
         """
 
+    def before_step(self, rows: Tensor) -> None:  # noqa: B027 - optional hook
+        """React to the beginning of an optimiser step, before `recall`.
+
+        Args:
+            rows: `(n,)` row numbers of the whole step, over all its pieces and processes; `Batch.rows` are those of one
+                piece.
+        """
+
+    def optimizer_state(self) -> State | None:
+        """What the optimiser is to go on from, as `keep_optimizer` was given it; empty when nothing was kept yet.
+
+        None, the usual answer, has each task begin with a new optimiser, and nothing is kept.
+        """
+        return None
+
+    def keep_optimizer(self, state: State) -> None:  # noqa: B027 - optional hook
+        """Keep, after a task's training, what `optimizer_state` is to return: tensors on the CPU by plain names."""
+
     def recall(self, count: int, generator: torch.Generator) -> Recalled | None:
         """Draw rows of earlier tasks to train along with a batch of `count` rows; None without such rows."""
         return None
@@ -231,7 +295,7 @@ class Method(ABC):
         """Look at or change gradients, before the optimiser steps."""
 
     def after_step(self, stepped: bool) -> None:  # noqa: B027 - optional hook
-        """React to an optimiser step; `stepped` is False while gradients still accumulate."""
+        """React to an optimiser step, once after each; `stepped` is False for a step that was skipped."""
 
     def after_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027 - optional hook
         """React to the end of an epoch, before it is validated; may change what is trained.
@@ -247,7 +311,26 @@ class Method(ABC):
 
     @abstractmethod
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
-        """Score of every class seen so far, `(n, classes)` float32; with `task`, only that task's rows compete."""
+        """Score of every class seen so far, `(n, classes)` float32; with `task`, only that task's rows compete.
+
+        Of a causal language model, scores `(n, T, vocabulary)` of the token after each.
+        """
+
+    def features(self, batch: Batch) -> Tensor:
+        """Features of a batch, those given with it where there are any."""
+        return self.encoder.features(batch.inputs) if batch.features is None else batch.features
+
+    def predicting(self, variant: str | None = None) -> AbstractContextManager[None]:
+        """Put the weights in place that predict, inside a `with` block.
+
+        Args:
+            variant: one of `variants`; None for the usual ones.
+        """
+        return nullcontext()
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Sum a tensor over the processes that train together; the training loop replaces this where there are any."""
+        return values
 
     @abstractmethod
     def parameters(self) -> dict[str, list[nn.Parameter]]:
@@ -344,26 +427,36 @@ def tasks_in(state: Mapping[str, Any], name: str) -> int:
     return count
 
 
-def heads_state(heads: TaskHeads, aligner: Aligner | None) -> State:
+def make_heads(encoder: Encoder, init: str = "uniform") -> Heads:
+    """Return heads that grow with the tasks, or the output layer of a causal language model."""
+    output = encoder.output_head
+    return TaskHeads(encoder.feature_dim, init) if output is None else LanguageHead(output)
+
+
+def heads_state(heads: Heads, aligner: Aligner | None) -> State:
     """Rows of every head: written once, or, when they are realigned after each task, carried on."""
     state: State = {} if aligner is None else dict(aligner.state())
-    for index, (head, classes) in enumerate(zip(heads.linears, heads.classes, strict=True)):
+    for index, classes in enumerate(heads.classes):
         prefix = task_key(index, "head/") if aligner is None else f"aligned/{index:03d}/"
-        state[f"{prefix}weight"] = head.weight.detach().cpu()
-        state[f"{prefix}bias"] = head.bias.detach().cpu()
+        state |= {f"{prefix}{name}": rows for name, rows in heads.task_rows(index).items()}
         state[task_key(index, "classes")] = list(classes)
     return state
 
 
-def load_heads(heads: TaskHeads, aligner: Aligner | None, state: State) -> int:
+def load_heads(heads: Heads, aligner: Aligner | None, state: State) -> int:
     """Put back what `heads_state` returned; return the number of tasks."""
     count = tasks_in(state, "classes")
     for index in range(count):
-        prefix = task_key(index, "head/") if aligner is None else f"aligned/{index:03d}/"
-        heads.load_task(state[task_key(index, "classes")], state[f"{prefix}weight"], state[f"{prefix}bias"])
+        load_head(heads, state, index, task_key(index, "head/") if aligner is None else f"aligned/{index:03d}/")
     if aligner is not None:
         aligner.load_state(state)
     return count
+
+
+def load_head(heads: Heads, state: State, index: int, prefix: str) -> None:
+    """Put back the head of one task, whose rows stand under `prefix`."""
+    rows = {name: state[prefix + name] for name in ("weight", "bias") if prefix + name in state}
+    heads.load_task(state[task_key(index, "classes")], **rows)
 
 
 def features_by_class(task: TaskInfo, collect: Collect) -> dict[int, Tensor]:
@@ -378,18 +471,24 @@ def features_by_class(task: TaskInfo, collect: Collect) -> dict[int, Tensor]:
     return {c: torch.cat(parts) for c, parts in rows.items()}
 
 
-def aligner_of(options: Any) -> Aligner | None:
-    """Make the aligner that options ask for; those named `alignment_...` are the fields of `AlignmentOptions`."""
+def aligner_of(options: Any, encoder: Encoder) -> Aligner | None:
+    """Make the aligner that options ask for; those named `alignment_...` are the fields of `AlignmentOptions`.
+
+    Raises:
+        UnsupportedError: for a causal language model, which has no class heads.
+    """
     if not options.alignment:
         return None
+    if encoder.output_head is not None:
+        raise UnsupportedError("alignment is for heads of classes, which a language model has not; leave it out.")
     names = [field.name for field in dataclasses.fields(AlignmentOptions)]
     given = {name: getattr(options, f"alignment_{name}") for name in names if hasattr(options, f"alignment_{name}")}
     return Aligner(AlignmentOptions(**given))
 
 
-def realign(aligner: Aligner | None, heads: TaskHeads, task: TaskInfo, collect: Collect, *, seed: int) -> None:
+def realign(aligner: Aligner | None, heads: Heads, task: TaskInfo, collect: Collect, *, seed: int) -> None:
     """Realign all heads after a task, with a generator of the task's own; does nothing without an aligner."""
-    if aligner is not None:
+    if aligner is not None and isinstance(heads, TaskHeads):
         generator = keyed_generator(seed, task.index, "alignment")
         aligner.end_task(heads, task.index, features_by_class(task, collect), generator)
 

@@ -33,6 +33,7 @@ class EwcOptions:
             is fast, and right on average where the gradients of a trained network cancel.
         loss: cross-entropy over the task's own classes (`local`) or over all `seen` classes.
         rank: rank of the LoRA.
+        alpha: the LoRA counts with alpha over rank, as PEFT has it; None for 1.
         targets: name patterns of the layers to adapt; None takes those of the model.
         train: `adapter` trains the LoRA, `all` the whole encoder; `auto` takes `all` for networks with batch norms,
             `adapter` for others.
@@ -48,6 +49,7 @@ class EwcOptions:
     fisher: Literal["sample", "batch"] = "sample"
     loss: Literal["local", "seen"] = "local"
     rank: Annotated[int, Field(ge=1)] = 10
+    alpha: Annotated[float, Field(gt=0)] | None = None
     targets: tuple[str, ...] | None = None
     train: Literal["auto", "adapter", "all"] = "auto"
     bn: Literal["shared", "affine_only", "frozen_eval"] = "shared"

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from everlora.errors import NumericError, OptionError
-from everlora.heads import HeadRows, TaskHeads
+from everlora.heads import HeadRows
 from everlora.lowrank import (
     AdaptedLayer,
     ConstantThreshold,
@@ -35,6 +35,7 @@ from everlora.lowrank import (
 )
 from everlora.lowrank.attach import require_one_group
 from everlora.methods.base import (
+    ANY_MODALITY,
     Batch,
     Collect,
     Encoder,
@@ -47,6 +48,7 @@ from everlora.methods.base import (
     heads_state,
     keyed_generator,
     load_heads,
+    make_heads,
     realign,
     task_key,
 )
@@ -121,13 +123,14 @@ class InfLoRA(Method):
     """InfLoRA (arXiv 2404.00228), in the official order of steps: section 7 of the reference page."""
 
     options_type = InfLoRAOptions
+    suits = ANY_MODALITY
 
     def __init__(self, options: InfLoRAOptions, encoder: Encoder, *, seed: int) -> None:
         self.options = options
         self.encoder = encoder
         self.seed = seed
         self.threshold = _schedule(options)
-        self.heads = TaskHeads(encoder.feature_dim, options.head_init)
+        self.heads = make_heads(encoder, options.head_init)
         self._layers = attach(
             encoder.model,
             options.targets or encoder.default_targets,
@@ -138,7 +141,7 @@ class InfLoRA(Method):
         require_one_group(self._layers, "the space of its inputs")
         self._groups: dict[str, list[str]] = {}
         self.memories: dict[str, GradientMemory] = {}
-        self.aligner = aligner_of(options)
+        self.aligner = aligner_of(options, encoder)
         self._moments: dict[str, SecondMoment] = {}
         self._protected: State = {}
 
@@ -155,7 +158,7 @@ class InfLoRA(Method):
 
     def loss(self, batch: Batch) -> Loss:
         """Cross-entropy of the new head."""
-        return Loss(self.heads.loss(self.encoder.features(batch.inputs), batch.labels, self.options.loss))
+        return Loss(self.heads.loss(self.features(batch), batch.labels, self.options.loss))
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Steps 7 to 10: pass 2, memory update, freezing, optional classifier alignment."""
@@ -173,13 +176,12 @@ class InfLoRA(Method):
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""
-        features = self.encoder.features(batch.inputs) if batch.features is None else batch.features
-        return self.heads.class_logits(features, task)
+        return self.heads.class_logits(self.features(batch), task)
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """`up` of every layer that has a branch in this task, and the new head."""
         ups = [layer.up for layer in self._layers.values() if layer.up.numel()]
-        return {"adapter": ups, "head": list(self.heads.heads[-1].parameters())}
+        return {"adapter": ups, "head": self.heads.trained()}
 
     def layers(self) -> dict[str, AdaptedLayer]:
         """The adapted layers."""

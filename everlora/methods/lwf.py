@@ -15,10 +15,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from everlora.heads import TaskHeads
-from everlora.methods.base import Batch, Collect, Encoder, Loss, TaskInfo
+from everlora.lowrank import exchanged
+from everlora.methods.base import Batch, Collect, Encoder, Heads, Loss, TaskInfo
 from everlora.methods.registry import register
-from everlora.methods.tuned import EpochCounter, TunedMethod, evaluating
+from everlora.methods.tuned import TunedEncoder, TunedMethod, evaluating
 
 __all__ = ["LearningWithoutForgetting", "LwfOptions", "Teacher", "distillation"]
 
@@ -35,6 +35,7 @@ class LwfOptions:
             encoder being in evaluation mode; they are part of the task's epochs.
         loss: cross-entropy over the task's own classes (`local`) or over all `seen` classes.
         rank: rank of the LoRA.
+        alpha: the LoRA counts with alpha over rank, as PEFT has it; None for 1.
         targets: name patterns of the layers to adapt; None takes those of the model.
         train: `adapter` trains the LoRA, `all` the whole encoder; `auto` takes `all` for networks with batch norms,
             `adapter` for others.
@@ -50,6 +51,7 @@ class LwfOptions:
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
     loss: Literal["local", "seen"] = "local"
     rank: Annotated[int, Field(ge=1)] = 10
+    alpha: Annotated[float, Field(gt=0)] | None = None
     targets: tuple[str, ...] | None = None
     train: Literal["auto", "adapter", "all"] = "auto"
     bn: Literal["shared", "affine_only", "frozen_eval"] = "shared"
@@ -68,76 +70,80 @@ class LearningWithoutForgetting(TunedMethod):
     def __init__(self, options: LwfOptions, encoder: Encoder, *, seed: int) -> None:
         super().__init__(options, encoder, seed=seed)
         self.teacher: Teacher | None = None
-        self._epochs = EpochCounter(0)
-        self._trained_on: Tensor | None = None
-        self._warm = False
+        self._epoch = 0
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Copy the network as it is, then add the task's head."""
-        self.teacher = Teacher(self.encoder, self.heads) if self.heads.classes else None
-        self._epochs = EpochCounter(task.num_examples)
+        self.teacher = Teacher(self.tuned, self.heads) if self.heads.classes else None
+        self._epoch = 0
         super().begin_task(task, collect)
 
     def loss(self, batch: Batch) -> Loss:
         """Cross-entropy of the new head and distillation of the old ones; only the former while warming up."""
-        self._trained_on = batch.rows
-        self._warm = self._is_warming_up(batch)
-        if self._warm:
+        if self._is_warming_up():
             with evaluating(self.encoder.model), torch.no_grad():
                 features = self.features(batch)
             return Loss(self.heads.loss(features, batch.labels, self.options.loss))
+        # the teacher first: it may put its own factors in place, and what a backward pass runs again wants these
+        old = [] if self.teacher is None else self.teacher.outputs(batch)
         features = self.features(batch)
         own = self.heads.loss(features, batch.labels, self.options.loss)
         if self.teacher is None:
             return Loss(own)
-        old = self.teacher.row_logits(batch)
-        new = [self.heads.row_logits(features, index).float() for index in range(len(old))]
+        new = self.heads.outputs(features, batch.labels, self.teacher.num_tasks)
         kept = distillation(new, old, self.options.temperature, q2=self.options.lwf_q2)
         terms = {"cross_entropy": float(own.detach()), "distillation": float(kept.detach())}
         return Loss(own + self.options.lwf_lambda * kept, terms)
 
     def after_backward(self) -> None:
         """While warming up, drop all gradients but the new head's: the optimiser skips what has none."""
-        if self._warm:
-            for head in self.heads.linears[:-1]:
-                head.zero_grad(set_to_none=True)
+        if self._is_warming_up():
+            newest = len(self.heads.classes) - 1
+            for parameter in self.heads.first(newest).trained():
+                parameter.grad = None
 
-    def after_step(self, stepped: bool) -> None:
-        """Note which rows were trained on, for the count of epochs."""
-        if self._trained_on is not None:
-            self._epochs.count(self._trained_on.cpu())
-        self._trained_on = None
+    def after_epoch(self, epoch: int, epochs: int) -> None:
+        """Count the epochs of the warm-up."""
+        self._epoch = epoch + 1
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Freeze the heads and let go of the copy."""
         super().end_task(task, collect)
         self.teacher = None
 
-    def _is_warming_up(self, batch: Batch) -> bool:
-        if self.teacher is None or batch.rows is None:
-            return False
-        return self._epochs.epoch(batch.rows.cpu()) < self.options.warmup_epochs
+    def _is_warming_up(self) -> bool:
+        return self.teacher is not None and bool(self.heads.trained()) and self._epoch < self.options.warmup_epochs
 
 
 class Teacher:
-    """A frozen copy of a network and its heads; it shares whatever the network does not train.
+    """A network and its heads as they are now, kept while the network goes on training.
+
+    Of adapted layers only the factors are kept, and put in place for the teacher's pass; an encoder that is trained
+    as a whole is copied, but for what it does not train.
 
     Args:
-        encoder: copied, but for parameters that are frozen.
+        tuned: the encoder with what is trained of it.
         heads: copied.
     """
 
-    def __init__(self, encoder: Encoder, heads: TaskHeads) -> None:
-        frozen = {id(p): p for p in encoder.model.parameters() if not p.requires_grad}
-        self.encoder = copy.deepcopy(encoder, dict(frozen))
-        self.encoder.model.requires_grad_(False).eval()
-        self.heads = copy.deepcopy(heads).requires_grad_(False)
+    def __init__(self, tuned: TunedEncoder, heads: Heads) -> None:
+        self.num_tasks = len(heads.classes)
+        self._layers = tuned.layers
+        self._factors = {
+            name: (layer.down.detach().clone(), layer.up.detach().clone()) for name, layer in tuned.layers.items()
+        }
+        shared = {id(p): p for p in tuned.encoder.model.parameters() if not p.requires_grad or tuned.layers}
+        # one memory for both, so that an output layer stays that of the copied network
+        self.encoder = tuned.encoder if tuned.layers else copy.deepcopy(tuned.encoder, shared)
+        self.heads: Heads = copy.deepcopy(heads, shared)
+        if not tuned.layers:
+            self.encoder.model.requires_grad_(False).eval()
+        self.heads.freeze()
 
-    def row_logits(self, batch: Batch) -> list[Tensor]:
-        """Logits `(n, rows)` float32 of each old head, without gradients."""
-        with torch.no_grad():
-            features = self.encoder.features(batch.inputs)
-            return [self.heads.row_logits(features, index).float() for index in range(len(self.heads.classes))]
+    def outputs(self, batch: Batch) -> list[Tensor]:
+        """What is distilled, see `TaskHeads.outputs`; without gradients and in evaluation mode."""
+        with torch.no_grad(), evaluating(self.encoder.model), exchanged(self._layers, self._factors):
+            return self.heads.outputs(self.encoder.features(batch.inputs), batch.labels, self.num_tasks)
 
 
 def distillation(

@@ -69,7 +69,7 @@ class NearestClassMean(Method):
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Scores that are linear in the (scaled) features."""
-        features = self.encoder.features(batch.inputs) if batch.features is None else batch.features
+        features = self.features(batch)
         weight, bias = (tensor.to(features.device) for tensor in self._rows())
         scores = self._scaled(features).float() @ weight.T + bias
         if task is None:

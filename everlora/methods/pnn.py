@@ -9,9 +9,8 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from everlora.errors import DataError, OptionError, UnsupportedError, nearest
+from everlora.errors import OptionError, UnsupportedError, nearest
 from everlora.heads import HeadRows
 from everlora.isolation import NormMode, Rule, train_by_mode
 from everlora.isolation.columns import Lateral, Sites, block_sites, channel_dim, draw_anew
@@ -85,13 +84,7 @@ class ProgressiveNetwork(IsolatedMethod):
 
     def loss(self, batch: Batch) -> Loss:
         """Cross-entropy of the newest column over the task's own classes."""
-        index = len(self.heads.classes) - 1
-        own = torch.tensor(self.heads.classes[index], device=batch.labels.device)
-        matches = batch.labels[:, None] == own[None, :]
-        if not bool(matches.any(dim=1).all()):
-            raise DataError("a label of the batch does not belong to the task learned now; pass each task's own rows.")
-        rows = self._head_rows_of(batch, index)
-        return Loss(functional.cross_entropy(rows, matches.int().argmax(dim=1)))
+        return Loss(self.heads.rows_loss(self._head_rows_of(batch, len(self.heads.classes) - 1), batch.labels))
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Freeze the column and its laterals, and learn to recognise the task."""

@@ -11,10 +11,9 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from everlora.buffer import ReplayBuffer
-from everlora.errors import DataError
 from everlora.methods.base import Batch, Collect, Encoder, Loss, Recalled, State, TaskInfo, keyed_generator
 from everlora.methods.registry import register
 from everlora.methods.tuned import TunedMethod
@@ -34,6 +33,7 @@ class ReplayOptions:
         balanced: keep as many rows of each class, and not of each task in proportion to its size.
         loss: cross-entropy over all `seen` classes, or for each row over the classes of its own task (`local`).
         rank: rank of the LoRA.
+        alpha: the LoRA counts with alpha over rank, as PEFT has it; None for 1.
         targets: name patterns of the layers to adapt; None takes those of the model.
         train: `adapter` trains the LoRA, `all` the whole encoder, `head` nothing but the heads; `auto` takes `all` for
             networks with batch norms, `adapter` for others.
@@ -49,6 +49,7 @@ class ReplayOptions:
     balanced: bool = False
     loss: Literal["local", "seen"] = "seen"
     rank: Annotated[int, Field(ge=1)] = 10
+    alpha: Annotated[float, Field(gt=0)] | None = None
     targets: tuple[str, ...] | None = None
     train: Literal["auto", "adapter", "all", "head"] = "auto"
     bn: Literal["shared", "affine_only", "frozen_eval"] = "shared"
@@ -77,6 +78,10 @@ class Replay(TunedMethod):
         self.buffer.restore(like)
         self._inserting = _Inserting(self.buffer, task, collect, keyed_generator(self.seed, task.index, "buffer"))
 
+    def before_step(self, rows: Tensor) -> None:
+        """Note the rows that will have been trained on."""
+        self._trained_on = rows
+
     def recall(self, count: int, generator: torch.Generator) -> Recalled | None:
         """Draw rows of the buffer, from when on it holds one of an earlier task."""
         newest = len(self.heads.classes) - 1
@@ -86,7 +91,6 @@ class Replay(TunedMethod):
 
     def loss(self, batch: Batch) -> Loss:
         """One cross-entropy, averaged over the rows of the batch and of the buffer."""
-        self._trained_on = batch.rows
         labels, memory = batch.labels, batch.memory
         tasks = torch.full_like(labels, len(self.heads.classes) - 1)
         if memory is None or memory.tasks is None:
@@ -94,9 +98,7 @@ class Replay(TunedMethod):
         else:
             features = self._both(batch, memory)
             labels, tasks = torch.cat([labels, memory.labels]), torch.cat([tasks, memory.tasks])
-        if self.options.loss == "seen":
-            return Loss(nn.functional.cross_entropy(self.heads.class_logits(features), labels))
-        return Loss(self._local(features, labels, tasks))
+        return Loss(self.heads.joint_loss(features, labels, tasks, self.options.loss))
 
     def after_step(self, stepped: bool) -> None:
         """Let the rows of the batch go by the buffer, if that is done online."""
@@ -140,17 +142,6 @@ class Replay(TunedMethod):
         if first.keys() == second.keys() and all(first[k].shape[1:] == second[k].shape[1:] for k in first):
             return self.encoder.features({k: torch.cat([first[k], second[k]]) for k in first})
         return torch.cat([self.features(batch), self.features(memory)])
-
-    def _local(self, features: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
-        """Cross-entropy of each row over the classes of its own task."""
-        rows = self.heads.row_logits(features).float()
-        owners = [(c, index) for index, classes in enumerate(self.heads.classes) for c in classes]
-        row_class, row_task = torch.tensor(owners, device=rows.device).T
-        own = row_task == tasks[:, None]
-        right = own & (row_class == labels[:, None])
-        if not bool(right.any(dim=1).all()):
-            raise DataError("a label does not belong to the task it is said to be of; pass each task's own rows.")
-        return nn.functional.cross_entropy(rows.masked_fill(~own, -torch.inf), right.int().argmax(dim=1))
 
 
 class _Inserting:

@@ -11,21 +11,20 @@ magnitudes take it up and its factors are dropped.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from everlora.errors import OptionError, TargetError, UnsupportedError
-from everlora.heads import HeadRows, TaskHeads
+from everlora.heads import HeadRows
 from everlora.lowrank import AdaptedLayer, Direction, attach, find_targets
 from everlora.lowrank.attach import require_one_group
 from everlora.methods.base import (
+    ANY_MODALITY,
     Batch,
     Collect,
     Encoder,
@@ -38,6 +37,7 @@ from everlora.methods.base import (
     heads_state,
     keyed_generator,
     load_heads,
+    make_heads,
     realign,
 )
 from everlora.methods.direction_history import DirectionHistory
@@ -174,11 +174,12 @@ class SDLoRA(Method):
     """
 
     options_type = SDLoRAOptions
+    suits = ANY_MODALITY
 
     def __init__(self, options: SDLoRAOptions, encoder: Encoder, *, seed: int) -> None:
         _check(options)
         self.options, self.encoder, self.seed = options, encoder, seed
-        self.heads = TaskHeads(encoder.feature_dim, "uniform" if options.head_init == "uniform" else "zeros")
+        self.heads = make_heads(encoder, options.head_init)
         self._layers = attach(
             encoder.model,
             options.targets or _default_targets(encoder),
@@ -197,7 +198,7 @@ class SDLoRA(Method):
             merging=_merging(options),
         )
         self.magnitudes: nn.Parameter | None = None
-        self.aligner = aligner_of(options)
+        self.aligner = aligner_of(options, encoder)
 
     @classmethod
     def training_defaults(cls, options: SDLoRAOptions) -> Mapping[str, Any]:
@@ -225,13 +226,13 @@ class SDLoRA(Method):
         first = 0 if self.options.a_init == "first" else task.index
         for name, layer in self._layers.items():
             layer.start_block(rank, generator=keyed_generator(self.seed, first, name))
-        self._add_head(task)
+        self.heads.add_task(task.classes, keyed_generator(self.seed, task.index, "head"))
         current = self.options.current or "raw"
         self.magnitudes = self.past.attach_magnitudes(current=current, soft_eps=self.options.soft_eps)
 
     def loss(self, batch: Batch) -> Loss:
         """Cross-entropy of the new head."""
-        return Loss(self.heads.loss(self.encoder.features(batch.inputs), batch.labels, self.options.loss))
+        return Loss(self.heads.loss(self.features(batch), batch.labels, self.options.loss))
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Freeze the new directions as they count now, absorb those that old ones span; realign heads if asked for."""
@@ -243,14 +244,13 @@ class SDLoRA(Method):
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""
-        features = self.encoder.features(batch.inputs) if batch.features is None else batch.features
-        return self.heads.class_logits(features, task)
+        return self.heads.class_logits(self.features(batch), task)
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """Both factors of every layer, the magnitudes of all tasks, and the new head."""
         factors = [factor for layer in self._layers.values() for factor in (layer.down, layer.up)]
         magnitudes = [] if self.magnitudes is None else [self.magnitudes]
-        return {"adapter": factors, "magnitudes": magnitudes, "head": list(self.heads.heads[-1].parameters())}
+        return {"adapter": factors, "magnitudes": magnitudes, "head": self.heads.trained()}
 
     def layers(self) -> dict[str, AdaptedLayer]:
         """The adapted layers."""
@@ -317,10 +317,9 @@ class SDLoRA(Method):
     @contextmanager
     def _with(self, coefficients: Mapping[str, Tensor], heads: int) -> Iterator[None]:
         """Let the blocks count with these coefficients, and only the first heads compete."""
-        whole, part = self.heads, TaskHeads(self.heads.feature_dim, self.heads.init)
-        part.heads, part.classes = whole.heads[:heads], whole.classes[:heads]
+        whole = self.heads
         with self.past.counting(coefficients):
-            self.heads = part
+            self.heads = whole.first(heads)
             try:
                 yield
             finally:
@@ -329,15 +328,6 @@ class SDLoRA(Method):
     def _check_heads(self) -> None:
         if self.aligner is not None:
             raise UnsupportedError("alignment rewrites the heads of earlier tasks, so their models are not kept.")
-
-    def _add_head(self, task: TaskInfo) -> None:
-        generator = keyed_generator(self.seed, task.index, "head")
-        head = self.heads.add_task(task.classes, generator)
-        if self.options.head_init == "kaiming":
-            bound = math.sqrt(3 / self.encoder.feature_dim)
-            rows = torch.empty(head.weight.shape).uniform_(-bound, bound, generator=generator)
-            with torch.no_grad():
-                head.weight.copy_(rows)
 
 
 def _default_targets(encoder: Encoder) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ class SequentialOptions:
 
     Attributes:
         rank: rank of the LoRA.
+        alpha: the LoRA counts with alpha over rank, as PEFT has it; None for 1.
         targets: name patterns of the layers to adapt; None takes those of the model.
         train: `adapter` trains the LoRA, `all` the whole encoder, `head` nothing but the head; `auto` takes `all` for
             networks with batch norms, `adapter` for others.
@@ -39,6 +40,7 @@ class SequentialOptions:
     """
 
     rank: Annotated[int, Field(ge=1)] = 10
+    alpha: Annotated[float, Field(gt=0)] | None = None
     targets: tuple[str, ...] | None = None
     train: Literal["auto", "adapter", "all", "head"] = "auto"
     bn: Literal["shared", "affine_only", "frozen_eval"] = "shared"
@@ -68,7 +70,7 @@ class Sequential(TunedMethod):
     def __init__(self, options: SequentialOptions, encoder: Encoder, *, seed: int) -> None:
         super().__init__(options, encoder, seed=seed)
         self.trains_on = options.trains_on
-        self.aligner = aligner_of(options)
+        self.aligner = aligner_of(options, encoder)
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Freeze the head, and realign all heads if asked for; the encoder stays as this task left it."""

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from everlora.heads import Aligner, HeadRows, TaskHeads
+from everlora.errors import UnsupportedError
+from everlora.heads import Aligner, HeadRows
 from everlora.isolation import has_batch_norm, set_statistics_moving
 from everlora.lowrank import AdaptedLayer, attach, capped_ranks, find_targets
 from everlora.methods.base import (
+    ANY_MODALITY,
     Batch,
     Collect,
     Encoder,
@@ -24,12 +26,14 @@ from everlora.methods.base import (
     check_classes,
     heads_state,
     keyed_generator,
+    load_head,
     load_heads,
+    make_heads,
     task_key,
     tasks_in,
 )
 
-__all__ = ["BatchNorms", "EpochCounter", "Trained", "TunedEncoder", "TunedMethod", "TunedOptions", "evaluating"]
+__all__ = ["BatchNorms", "Trained", "TunedEncoder", "TunedMethod", "TunedOptions", "evaluating"]
 
 Trained: TypeAlias = Literal["auto", "adapter", "all", "head"]
 """What of the encoder is trained: one LoRA, all of its weights, or nothing but the head. `auto` takes `all` for
@@ -45,6 +49,10 @@ class TunedOptions(Protocol):
     @property
     def rank(self) -> int:
         """Rank of the LoRA."""
+
+    @property
+    def alpha(self) -> float | None:
+        """The LoRA counts with alpha over rank; None for 1."""
 
     @property
     def targets(self) -> tuple[str, ...] | None:
@@ -96,6 +104,10 @@ class TunedEncoder:
             if has_batch_norm(encoder.model):  # layers of a convolutional network differ too much for one rank
                 rank = capped_ranks(encoder.model, find_targets(encoder.model, targets), options.rank)
             self.layers = attach(encoder.model, targets, rank, forward_mode=options.forward_mode)
+            for layer in self.layers.values():
+                layer.scale = 1.0 if options.alpha is None else options.alpha / layer.rank
+        elif self.train == "head" and encoder.output_head is not None:
+            raise UnsupportedError("a language model has no head of its own to train; use train=adapter or train=all.")
 
     def start(self) -> None:
         """Before the first task: draw the starting factors, or make the encoder trainable."""
@@ -133,6 +145,8 @@ class TunedEncoder:
         if self.train == "all":
             return {f"encoder/{k}": v.detach().cpu().clone() for k, v in self.encoder.model.state_dict().items()}
         factors: State = {}
+        if any(layer.scale != 1.0 for layer in self.layers.values()):
+            factors["alphas"] = {name: layer.scale * layer.rank for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
             factors[f"adapter/{name}/down"] = layer.down.detach().cpu().clone()
             factors[f"adapter/{name}/up"] = layer.up.detach().cpu().clone()
@@ -165,13 +179,14 @@ class TunedMethod(Method):
     all_heads_train: ClassVar[bool] = False
     """Whether the heads of earlier tasks go on training; if so, they are carried on and not kept with their task."""
     options: TunedOptions
+    suits = ANY_MODALITY
 
     def __init__(self, options: Any, encoder: Encoder, *, seed: int) -> None:
         self.options = options
         self.encoder = encoder
         self.seed = seed
         self.fixed_features = options.train == "head"
-        self.heads = TaskHeads(encoder.feature_dim, options.head_init)
+        self.heads = make_heads(encoder, options.head_init)
         self.tuned = TunedEncoder(options, encoder, seed)
         self.aligner: Aligner | None = None
 
@@ -180,7 +195,7 @@ class TunedMethod(Method):
         check_classes(task, self.heads.classes, over=self.options.loss)
         self.heads.add_task(task.classes, keyed_generator(self.seed, task.index, "head"))
         if self.all_heads_train:
-            self.heads.requires_grad_(True)
+            self.heads.train_all()
         self.tuned.start()
 
     def train_mode(self) -> None:
@@ -201,8 +216,7 @@ class TunedMethod(Method):
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """What is fine-tuned, and the heads that train."""
-        heads = self.heads if self.all_heads_train else self.heads.heads[-1]
-        return {**self.tuned.groups(), "head": list(heads.parameters())}
+        return {**self.tuned.groups(), "head": self.heads.trained()}
 
     def layers(self) -> dict[str, AdaptedLayer]:
         """The adapted layers, if any."""
@@ -218,7 +232,7 @@ class TunedMethod(Method):
         newest = len(self.heads.classes) - 1
         for key, value in self.tuned.state().items() if newest >= 0 else ():
             # factors are kept with every task, so that a learner can go back; a whole encoder only as it is now
-            state[task_key(newest, key) if key.startswith("adapter/") else key] = value
+            state[key if key.startswith("encoder/") else task_key(newest, key)] = value
         return state
 
     def load_state(self, state: State) -> None:
@@ -229,48 +243,19 @@ class TunedMethod(Method):
             newest = {k.removeprefix(prefix): v for k, v in state.items()}
             self.tuned.load({k: v for k, v in newest.items() if k.startswith(("adapter/", "encoder/"))})
 
-    def features(self, batch: Batch) -> Tensor:
-        """Features `(n, d)` of a batch, those given with it where there are any."""
-        return self.encoder.features(batch.inputs) if batch.features is None else batch.features
-
     def _carried_heads(self) -> State:
         """Heads that go on training: their classes once, with the task, their rows as they are now."""
         state: State = {}
-        for index, (head, classes) in enumerate(zip(self.heads.linears, self.heads.classes, strict=True)):
+        for index, classes in enumerate(self.heads.classes):
             state[task_key(index, "classes")] = list(classes)
-            state[f"heads/{index:03d}/weight"] = head.weight.detach().cpu().clone()
-            state[f"heads/{index:03d}/bias"] = head.bias.detach().cpu().clone()
+            state |= {f"heads/{index:03d}/{name}": rows for name, rows in self.heads.task_rows(index).items()}
         return state
 
     def _load_carried_heads(self, state: State) -> int:
         count = tasks_in(state, "classes")
         for index in range(count):
-            rows = (state[f"heads/{index:03d}/{name}"] for name in ("weight", "bias"))
-            self.heads.load_task(state[task_key(index, "classes")], *rows)
+            load_head(self.heads, state, index, f"heads/{index:03d}/")
         return count
-
-
-class EpochCounter:
-    """Tells the epoch of a training batch by whether its rows were trained on before.
-
-    Args:
-        num_rows: rows of the task.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        self._epoch = 0
-        self._done = torch.zeros(num_rows, dtype=torch.bool)
-
-    def epoch(self, rows: Tensor) -> int:
-        """Number of the epoch, from 0, that a batch of the given rows `(n,)` belongs to."""
-        return self._epoch + int(self._done[rows].any())
-
-    def count(self, rows: Tensor) -> None:
-        """Note that the given rows were trained on."""
-        if self._done[rows].any():  # an epoch leaves out less than a batch, so its successor shows in the first one
-            self._epoch += 1
-            self._done.zero_()
-        self._done[rows] = True
 
 
 @contextmanager

@@ -27,6 +27,8 @@ class ConvNet(nn.Module):
 class ConvEncoder:
     """Images `(n, 2, 6, 6)` to 8 features."""
 
+    output_head = None
+
     feature_dim = 8
     default_targets = ("first", "second")
 

@@ -33,6 +33,8 @@ class Attention(nn.Module):
 class ToyEncoder:
     """Tokens `(n, 3, width)` through two such layers, mean over tokens."""
 
+    output_head = None
+
     feature_dim = HALF
     default_targets = ("key", "value")
 

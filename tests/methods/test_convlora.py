@@ -26,6 +26,8 @@ from tests.tiny_models import save_tiny
 class ConvEncoder:
     """Any network on images `(n, c, h, w)`, its map pooled."""
 
+    output_head = None
+
     def __init__(self, model: nn.Module, feature_dim: int, default_targets: tuple[str, ...] = ()) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.feature_dim = feature_dim

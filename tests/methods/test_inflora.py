@@ -35,6 +35,8 @@ class TwoProjections(nn.Module):
 class ToyEncoder:
     """Tokens `(n, 3, width)` through one pair of projections, mean over the real tokens."""
 
+    output_head = None
+
     feature_dim = WIDTH
     default_targets = ("key", "value")
 

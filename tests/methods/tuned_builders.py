@@ -94,6 +94,8 @@ def collect_of(bench: Bench, index: int) -> Any:
 class LinearEncoder:
     """Inputs `(n, 5)` to 4 features by one matrix, in float64."""
 
+    output_head = None
+
     feature_dim = 4
     default_targets = ("map",)
 
