@@ -1,4 +1,4 @@
-"""Validation rows that stay with a task, as arrays: texts as UTF-8 bytes with offsets, images as uint8."""
+"""Validation rows that stay with a task, as arrays: strings as UTF-8 bytes with offsets, images as uint8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everlora.errors import StoreError
-from everlora.streams import Examples
+from everlora.streams import Examples, Modality
 
 __all__ = ["KEPT_FILE", "pack_rows", "unpack_rows"]
 
@@ -17,15 +17,22 @@ KEPT_FILE = "validation.safetensors"
 Arrays = dict[str, NDArray[Any]]
 
 
+# The name of the array of inputs tells the modality. Rows without labels have a mark, so that a lost array is noticed.
+_STRINGS: dict[Modality, str] = {"text": "texts", "language": "language"}
+_UNLABELLED = "unlabelled"
+
+
 def pack_rows(examples: Examples) -> Arrays:
-    """Turn labelled rows into named arrays (see `unpack_rows`)."""
+    """Turn rows, labelled or not, into named arrays (see `unpack_rows`)."""
     arrays: Arrays = {"ids": np.ascontiguousarray(examples.ids, dtype=np.int64)}
-    labels = [] if examples.labels is None else [str(name) for name in examples.labels]
-    arrays |= _pack_strings("labels", labels)
+    if examples.labels is None:
+        arrays[_UNLABELLED] = np.ones(1, dtype=np.uint8)
+    else:
+        arrays |= _pack_strings("labels", [str(name) for name in examples.labels])
     if isinstance(examples.inputs, np.ndarray):
         arrays["images"] = np.ascontiguousarray(examples.inputs)
     else:
-        arrays |= _pack_strings("texts", list(examples.inputs))
+        arrays |= _pack_strings(_STRINGS[examples.modality], list(examples.inputs))
     return arrays
 
 
@@ -36,10 +43,13 @@ def unpack_rows(arrays: Mapping[str, NDArray[Any]]) -> Examples:
         StoreError: an array is missing.
     """
     try:
-        labels = np.array(_unpack_strings("labels", arrays), dtype=object)
+        ids, labels = np.array(arrays["ids"]), None
+        if _UNLABELLED not in arrays:
+            labels = np.array(_unpack_strings("labels", arrays), dtype=object)
         if "images" in arrays:
-            return Examples("image", np.array(arrays["images"]), labels, np.array(arrays["ids"]))
-        return Examples("text", tuple(_unpack_strings("texts", arrays)), labels, np.array(arrays["ids"]))
+            return Examples("image", np.array(arrays["images"]), labels, ids)
+        modality: Modality = "language" if f"{_STRINGS['language']}.ends" in arrays else "text"
+        return Examples(modality, tuple(_unpack_strings(_STRINGS[modality], arrays)), labels, ids)
     except KeyError as error:
         raise StoreError(f"{KEPT_FILE} has no array {error}; roll the learner back and learn the task anew.") from None
 

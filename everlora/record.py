@@ -15,6 +15,7 @@ from everlora.backbones import Backbone, load_backbone, model_fingerprint
 from everlora.errors import ModelError, OptionError
 from everlora.methods.base import Method
 from everlora.results import TaskResult
+from everlora.scenarios import kind_of_model
 from everlora.settings import Settings
 from everlora.streams import Examples
 from everlora.training import TrainingReport
@@ -79,7 +80,8 @@ def load_base(header: Mapping[str, Any], moved_to: str | Path | None, settings: 
     """
     source = moved_to if moved_to is not None else header["base_model"]
     try:
-        backbone = load_backbone(source, **settings.as_parts()["model"])
+        kind = kind_of_model(header["scenario"])
+        backbone = load_backbone(source, kind=kind, **settings.as_parts()["model"])
     except ModelError as error:
         if moved_to is not None:
             raise

@@ -9,14 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from everlora.errors import OptionError, UnsupportedError, nearest
+from everlora.errors import OptionError, nearest
 from everlora.methods import MethodSpec, method_spec
 from everlora.methods.registry import parse_options
 from everlora.training import TrainingOptions
 
-__all__ = ["SCENARIOS", "LearnerOptions", "ModelOptions", "Settings", "check_scenario"]
-
-SCENARIOS = ("class_incremental", "domain_incremental", "task_incremental")
+__all__ = ["LearnerOptions", "ModelOptions", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,10 @@ class ModelOptions:
         dtype: of the weights.
         max_length: tokens a text is cut to; None takes what the model was made for.
         image_size: pixels an image is resized to; None takes what the model was made for.
+        quantization: weights of a language model in 4 or 8 bits.
+        template: how a language model's instructions become a prompt: `auto`, `chat`, `plain` or a template's text.
+        train_on_inputs: let a language model learn prompts, too, and not answers only.
+        block_size: tokens of the blocks that plain text is cut into for a language model; None takes `max_length`.
     """
 
     pooling: str = "auto"
@@ -36,6 +38,10 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Annotated[int, Field(ge=1)] | None = None
     image_size: Annotated[int, Field(ge=1)] | None = None
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    template: str = "auto"
+    train_on_inputs: bool = False
+    block_size: Annotated[int, Field(ge=2)] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,13 @@ class LearnerOptions:
         keep_states: `newest` keeps what the last two tasks carried on, `all` everything (deeper `rollback`).
         start_from: folder of a PEFT LoRA adapter of the same base model to go on from; it is needed until the first
             task is learned.
+        max_new_tokens: how long a language model's answers may be.
     """
 
     keep_validation: Annotated[int, Field(ge=0)] = 0
     keep_states: Literal["newest", "all"] = "newest"
     start_from: str | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
 
 
 @dataclass(frozen=True)
@@ -127,20 +135,6 @@ class Settings:
         """
         values = {**_plain(self.training), **changes}
         return dataclasses.replace(self, training=parse_options(TrainingOptions, values, "training"))
-
-
-def check_scenario(scenario: str) -> str:
-    """Return the scenario's name in its plain spelling.
-
-    Raises:
-        OptionError: unknown; UnsupportedError: known, but for causal language models, which are not supported yet.
-    """
-    name = scenario.strip().lower().replace("-", "_")
-    if name == "language":
-        raise UnsupportedError("scenario 'language' (causal language models) is not supported yet; use an encoder.")
-    if name not in SCENARIOS:
-        raise OptionError(f"there is no scenario '{scenario}'; {nearest(name, SCENARIOS)}")
-    return name
 
 
 def _names(options_type: type) -> tuple[str, ...]:

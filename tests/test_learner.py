@@ -138,7 +138,7 @@ def test_two_writers_and_a_reader(vit: Path, tmp_path: Path) -> None:
 
 
 def test_refusals_before_anything_is_written(vit: Path, bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="language"):
+    with pytest.raises(ModelError, match="expected a causal language model"):
         Learner.create(tmp_path / "a", model=vit, scenario="language")
     with pytest.raises(OptionError, match="did you mean 'class_incremental'"):
         Learner.create(tmp_path / "a", model=vit, scenario="class_incrmental")

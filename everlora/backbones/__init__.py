@@ -1,4 +1,4 @@
-"""Pretrained networks: Hugging Face encoders and CIFAR ResNets as `features(batch) -> (n, d)`, causal language models."""
+"""Pretrained networks: encoders of Hugging Face and CIFAR ResNets as `features(batch)`, and causal language models."""
 
 from everlora.backbones.base import Backbone, Modality
 from everlora.backbones.fingerprint import cache_folder, model_fingerprint

@@ -14,7 +14,7 @@ from everlora.backbones.architectures import ARCHITECTURES, Architecture, known_
 from everlora.backbones.base import Backbone
 from everlora.backbones.huggingface import accepts, guarded_load, hidden_size, linear_names, quiet_transformers
 from everlora.backbones.language_inputs import LanguageInputs
-from everlora.backbones.quantization import quantization_options
+from everlora.backbones.quantization import prepare_quantized, quantization_options
 from everlora.errors import ModelError, OptionError, UnsupportedError
 
 __all__ = ["CausalLMBackbone", "load_causal_lm"]
@@ -134,6 +134,9 @@ class CausalLMBackbone(Backbone):
         """The model, as what transformers makes it."""
         return self.model
 
+    def _count_parameters(self) -> int:
+        return int(self._network.num_parameters())  # quantised weights hold several in one number
+
     def _arguments(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         names = ["input_ids", "attention_mask", *(["position_ids"] if self._has_positions else [])]
         arguments = {name: batch[name] for name in names if name in batch}
@@ -183,6 +186,11 @@ def load_causal_lm(
     """
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         config = guarded_load(folder, transformers.AutoConfig.from_pretrained, folder, local_files_only=True)
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError(
+                f"expected a causal language model in {folder}, found {config.model_type}; name a language model, or "
+                "choose another scenario"
+            )
         options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
         options |= quantization_options(quantization, dtype)
         load = transformers.AutoModelForCausalLM.from_pretrained
@@ -190,6 +198,7 @@ def load_causal_lm(
         tokenizer = guarded_load(
             folder, transformers.AutoTokenizer.from_pretrained, folder, local_files_only=True, trust_remote_code=False
         )
+    prepare_quantized(model)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(

@@ -23,7 +23,7 @@ from everlora.backbones.images import ImageInputs, ImageTransform
 from everlora.backbones.pooling import pool, pooled_width
 from everlora.backbones.texts import TextInputs
 from everlora.errors import ModelError, OptionError
-from everlora.lowrank import slice_names
+from everlora.lowrank.fused import slice_names
 
 __all__ = [
     "HuggingFaceBackbone",

@@ -249,7 +249,7 @@ def _parsed(inputs: Sequence[str]) -> list[dict[str, Any]]:
         try:
             rows.append(parse_row(text))
         except DataError as error:
-            raise DataError(f"row {place + 1} {error}") from error
+            raise DataError(f"row {place + 1}: {error}") from error
     return rows
 
 

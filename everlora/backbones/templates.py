@@ -82,8 +82,8 @@ def find_template(tokenizer: Any, template: str) -> PromptTemplate:
     Args:
         tokenizer: a Hugging Face tokenizer, perhaps with a chat template.
         template: `"auto"` (the tokenizer's chat template if it has one, else everlora's own), `"chat"`, `"plain"`, a
-            jinja template over `messages` or over `instruction` and `input`, or a format string with `{instruction}`
-            and perhaps `{input}`.
+            jinja template over `messages` or over `instruction` and `input` (anything with `{{` or `{%` is read as
+            one), or a format string with `{instruction}` and perhaps `{input}`.
 
     Raises:
         OptionError: none of these, or `"chat"` and the tokenizer has no chat template.

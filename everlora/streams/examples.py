@@ -17,8 +17,9 @@ from everlora.errors import DataError
 
 __all__ = ["Examples", "Modality", "concatenate", "natural_order"]
 
-Modality = Literal["image", "text"]
+Modality = Literal["image", "text", "language"]
 
+_PLURALS: dict[Modality, str] = {"image": "images", "text": "texts", "language": "rows for a language model"}
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 
 
@@ -42,8 +43,9 @@ class Examples:
     """Rows of one modality, with labels as names.
 
     Attributes:
-        modality: `"image"` or `"text"`.
-        inputs: images: uint8 `(n, H, W, 3)`, perhaps a memory map; texts: a sequence of n strings.
+        modality: `"image"`, `"text"` or `"language"`.
+        inputs: images: uint8 `(n, H, W, 3)`, perhaps a memory map; texts: a sequence of n strings; language: n strings
+            too, each a row as `everlora.streams.parse_row` reads it.
         labels: `(n,)` object array of label names (`str`), None when the rows carry no labels.
         ids: `(n,)` int64, the stable id of each row in its source; randomness that belongs to a row is keyed by it.
         groups: `(n,)` object array of `str`, the row's value in the task (domain) column where there is one.
@@ -156,7 +158,8 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     if len(parts) == 1:
         return first
     if {part.modality for part in parts} != {first.modality}:
-        raise DataError("images and texts cannot be put into one set of examples; keep the modalities apart")
+        found = " and ".join(sorted({_PLURALS[part.modality] for part in parts}))
+        raise DataError(f"{found} cannot be put into one set of examples; keep the modalities apart")
     if len({part.labels is None for part in parts}) > 1:
         raise DataError("some of the examples to concatenate have labels and some do not; label all or none")
     names = [part.class_names for part in parts]
@@ -172,7 +175,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
 
 
 def _join_inputs(parts: Sequence[Examples]) -> NDArray[np.uint8] | Sequence[str]:
-    if parts[0].modality == "text":
+    if parts[0].modality != "image":
         return tuple(text for part in parts for text in part.inputs)
     arrays = [np.asarray(part.inputs) for part in parts]
     shapes = sorted({array.shape[1:3] for array in arrays})

@@ -28,7 +28,9 @@ from everlora.streams.table import (
 
 __all__ = ["DATA_SUFFIXES", "SPLIT_NAMES", "read_path", "split_name"]
 
-DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_TEXT_SUFFIX = ".txt"
+DATA_SUFFIXES = (*_TABLE_SUFFIXES, _TEXT_SUFFIX)
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -39,7 +41,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-_LABEL_COLUMN, _IMAGE_COLUMN = "label", "image"
+_LABEL_COLUMN, _IMAGE_COLUMN, _TEXT_COLUMN = "label", "image", "text"
 
 
 def split_name(name: str) -> str | None:
@@ -48,7 +50,10 @@ def split_name(name: str) -> str | None:
 
 
 def read_path(path: Path) -> Source:
-    """Read a data file, a folder of data files, or a folder of images.
+    """Read a data file, a folder of data files, a folder of images or a folder of plain texts.
+
+    A plain text is one row. In a folder, `.txt` files count only beside neither tables nor images, whose notes they
+    may be.
 
     Args:
         path: an existing file or folder.
@@ -70,6 +75,9 @@ def read_path(path: Path) -> Source:
     divided = {split_name(child.name): child for child in _folders(path) if child.name.lower() in SPLIT_NAMES}
     if divided:
         return _read_divided(path, {split: child for split, child in divided.items() if split is not None})
+    texts = _text_files(path)
+    if texts:
+        return _read_files(path, texts)
     return Source({"train": _read_image_folder(path, _class_folders(path))}, is_divided=False)
 
 
@@ -81,6 +89,7 @@ def _read_file(path: Path) -> Table:
         ".json": _read_json,
         ".jsonl": _read_json_lines,
         ".parquet": _read_parquet,
+        _TEXT_SUFFIX: _read_plain_text,
     }
     if suffix in IMAGE_SUFFIXES:
         raise DataError(f"{path} is an image; give the folder that holds it")
@@ -163,6 +172,10 @@ def _read_json(path: Path) -> Table:
     return table_from_rows(content, str(path), folder=path.parent)
 
 
+def _read_plain_text(path: Path) -> Table:
+    return Table(str(path), {_TEXT_COLUMN: Column("text", [_read_text(path)])}, 1, path.parent)
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -201,7 +214,7 @@ def _read_files(folder: Path, files: list[Path]) -> Source:
 
 def _read_divided(path: Path, folders: dict[str, Path]) -> Source:
     """Read a folder with one sub-folder per split, each of data files or of class folders."""
-    files = {split: _data_files(folder) for split, folder in folders.items()}
+    files = {split: _data_files(folder) or _text_files(folder) for split, folder in folders.items()}
     if all(files.values()):
         tables = {
             split: join_tables([_read_file(file) for file in members], str(folders[split]))
@@ -235,8 +248,13 @@ def _read_image_folder(folder: Path, classes: list[str]) -> Table:
 def _data_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    files = [file for file in _visible(folder) if file.is_file() and file.suffix.lower() in DATA_SUFFIXES]
+    files = [file for file in _visible(folder) if file.is_file() and file.suffix.lower() in _TABLE_SUFFIXES]
     return [file for file in files if not file.name.startswith("dataset_info")]
+
+
+def _text_files(folder: Path) -> list[Path]:
+    files = [file for file in _visible(folder) if file.is_file() and file.suffix.lower() == _TEXT_SUFFIX]
+    return [] if files and _image_files(folder) else files
 
 
 def _class_folders(folder: Path) -> list[str]:

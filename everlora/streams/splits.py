@@ -7,7 +7,7 @@ import numpy as np
 from everlora.errors import DataError
 from everlora.streams.examples import Examples
 
-__all__ = ["hold_out", "take_per_class"]
+__all__ = ["hold_out", "hold_out_rows", "take_per_class", "take_rows"]
 
 
 def hold_out(
@@ -43,6 +43,23 @@ def hold_out(
     return examples.select(~held), examples.select(held)
 
 
+def hold_out_rows(examples: Examples, *, maximum: int, seed: int) -> tuple[Examples, Examples]:
+    """Split rows without labels into rows to train on and rows to validate on.
+
+    Args:
+        examples: the rows.
+        maximum: greatest number of rows held out; never more than half of all.
+        seed: seed of the choice.
+
+    Returns:
+        `(train, validation)`, each in the row order of `examples`; the second may be empty.
+    """
+    held = np.zeros(len(examples), dtype=bool)
+    count = min(maximum, len(examples) // 2)
+    held[np.random.RandomState(seed).permutation(len(examples))[:count]] = True
+    return examples.select(~held), examples.select(held)
+
+
 def take_per_class(examples: Examples, count: int, seed: int) -> Examples:
     """Keep at most `count` rows of each class, drawn at random.
 
@@ -64,3 +81,23 @@ def take_per_class(examples: Examples, count: int, seed: int) -> Examples:
     random = np.random.RandomState(seed)
     chosen = [random.permutation(rows)[:count] for rows in examples.rows_by_label.values()]
     return examples.select(np.sort(np.concatenate(chosen)) if chosen else [])
+
+
+def take_rows(examples: Examples, count: int, seed: int) -> Examples:
+    """Keep at most `count` rows, drawn at random, whatever their classes.
+
+    Args:
+        examples: the rows.
+        count: rows to keep.
+        seed: seed of the draw.
+
+    Returns:
+        The kept rows, in the row order of `examples`.
+
+    Raises:
+        DataError: a count below one.
+    """
+    if count < 1:
+        raise DataError(f"at least one row must be kept, not {count}")
+    chosen = np.random.RandomState(seed).permutation(len(examples))[:count]
+    return examples.select(np.sort(chosen))

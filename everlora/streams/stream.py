@@ -14,7 +14,7 @@ import numpy as np
 from everlora.errors import DataError, nearest
 from everlora.streams.examples import Examples, natural_order
 from everlora.streams.orders import class_order
-from everlora.streams.splits import take_per_class
+from everlora.streams.splits import take_per_class, take_rows
 
 __all__ = ["Stream", "Task", "by_class", "by_column", "by_datasets"]
 
@@ -51,12 +51,13 @@ class Stream:
 
     Attributes:
         name: name of the data.
-        scenario: `class_incremental`, `domain_incremental` or `task_incremental`.
+        scenario: `class_incremental`, `domain_incremental`, `task_incremental` or `language`.
         tasks: the tasks.
         class_names: the data set's own list of classes, in its own order.
         order: the classes (by class) or task names (by column, by data sets) in the order in which they are learned.
         order_seed: seed of the order, None for the data's own or a given order.
-        subsample: rows kept per class of each split, empty when all were kept.
+        subsample: rows kept per class of each split, or of each task's split where rows have no classes; empty when
+            all were kept.
     """
 
     name: str
@@ -211,10 +212,11 @@ def by_datasets(
     """Make each data set of a list one task, in the order of the list.
 
     Args:
-        datasets: `(task name, splits)` pairs; labels of the same name are the same class.
+        datasets: `(task name, splits)` pairs; labels of the same name are the same class. Rows need no labels where
+            the scenario is `language`.
         name: name of the stream.
         scenario: what the tasks mean.
-        subsample: rows to keep per class, by split name.
+        subsample: rows to keep per class, by split name; where the scenario is `language`, rows of each data set.
         subsample_seed: seed of that draw.
 
     Returns:
@@ -233,7 +235,7 @@ def by_datasets(
     class_names: dict[str, None] = {}
     offsets = dict.fromkeys(_SPLITS, 0)
     for index, (task_name, splits) in enumerate(datasets):
-        parts = _prepared(splits, subsample, subsample_seed)
+        parts = _prepared(splits, subsample, subsample_seed, are_labelled=scenario != "language")
         if tasks and parts["train"].modality != tasks[0].train.modality:
             raise DataError(f"'{task_name}' holds {parts['train'].modality}s beside {tasks[0].train.modality}s")
         parts = {split: _shift_ids(part, offsets, split) for split, part in parts.items()}
@@ -243,7 +245,9 @@ def by_datasets(
     return Stream(name, scenario, tuple(tasks), tuple(class_names), tuple(task_names), None, dict(subsample or {}))
 
 
-def _prepared(splits: Splits, subsample: Subsample | None, seed: int) -> dict[str, Examples]:
+def _prepared(
+    splits: Splits, subsample: Subsample | None, seed: int, *, are_labelled: bool = True
+) -> dict[str, Examples]:
     """Check the splits and draw the rows to keep."""
     unknown = [split for split in (*splits, *(subsample or {})) if split not in _SPLITS]
     if unknown:
@@ -251,14 +255,15 @@ def _prepared(splits: Splits, subsample: Subsample | None, seed: int) -> dict[st
     if "train" not in splits:
         raise DataError(f"a stream needs a train split, and there is only {', '.join(splits) or 'nothing'}")
     for split, examples in splits.items():
-        if examples.labels is None:
+        if are_labelled and examples.labels is None:
             raise DataError(f"the {split} rows carry no labels; name the label column with --label-column")
         if not len(examples):
             raise DataError(f"the {split} split is empty; a stream needs rows in every split it is given")
     prepared = dict(splits)
+    take = take_per_class if are_labelled else take_rows
     for split, count in (subsample or {}).items():
         if split in prepared and count is not None:
-            prepared[split] = take_per_class(prepared[split], count, seed)
+            prepared[split] = take(prepared[split], count, seed)
     return prepared
 
 

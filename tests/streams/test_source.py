@@ -237,14 +237,14 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
     (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": \n')
     (tmp_path / "object.json").write_text('{"text": "a"}')
-    (tmp_path / "notes.txt").write_text("a")
+    (tmp_path / "notes.doc").write_text("a")
     (tmp_path / "empty").mkdir()
     for name, message in {
         "latin.csv": "UTF-8",
         "broken.parquet": "cannot be read as Parquet",
         "broken.jsonl": "line 2 is not JSON",
         "object.json": "holds no list of rows",
-        "notes.txt": "not a data file everlora can read",
+        "notes.doc": "not a data file everlora can read",
         "empty": "holds neither data files",
     }.items():
         with pytest.raises(DataError, match=message):
