@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from everlora.errors import OptionError, TargetError
 from everlora.isolation.norms import NormMode, norm_copies, norm_layers
-from everlora.lowrank import LowRankConv2d, LowRankLinear, attach, capped_ranks, find_targets
+from everlora.lowrank import AdaptedLayer, LowRankConv2d, LowRankLinear, attach, capped_ranks, find_targets
 
 __all__ = ["AdapterPlan", "Scaling", "adapter_targets", "factors_of", "factors_to_rows"]
-
-AdaptedLayer = LowRankLinear | LowRankConv2d
 
 
 class Scaling:

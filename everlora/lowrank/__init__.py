@@ -10,12 +10,11 @@ from everlora.lowrank.attach import attach, detach, input_groups, share_down
 from everlora.lowrank.compression import DirectionSum, compress
 from everlora.lowrank.directions import cosines, fit_direction, gram
 from everlora.lowrank.exchange import exchanged, interpolate_, retention
-from everlora.lowrank.factors import Direction, direction_norm
-from everlora.lowrank.fused import FusedProjection, join_factors, slice_names, split_factors
+from everlora.lowrank.factors import Direction
+from everlora.lowrank.fused import FusedProjection, join_factors, split_factors
 from everlora.lowrank.layer import AdaptedLayer, LowRankConv2d, LowRankLinear
 from everlora.lowrank.memory import GradientMemory
 from everlora.lowrank.moments import SecondMoment, record_moments
-from everlora.lowrank.patches import unfold_patches
 from everlora.lowrank.targets import capped_ranks, find_targets, rank_cap
 from everlora.lowrank.thresholds import ConstantThreshold, GeometricThreshold, LinearThreshold
 from everlora.lowrank.working import Block
@@ -39,7 +38,6 @@ __all__ = [
     "compress",
     "cosines",
     "detach",
-    "direction_norm",
     "exchanged",
     "find_targets",
     "fit_direction",
@@ -51,7 +49,5 @@ __all__ = [
     "record_moments",
     "retention",
     "share_down",
-    "slice_names",
     "split_factors",
-    "unfold_patches",
 ]

@@ -80,13 +80,17 @@ class LowRankLayer(BlockStore):
             raise TargetError(f"expected a {self.kind.__name__} to adapt, found a {type(base).__name__}")
         if forward_mode not in FORWARD_MODES:
             raise OptionError(f"forward_mode={forward_mode!r} is not known; {nearest(forward_mode, FORWARD_MODES)}")
-        if forward_mode == "folded" and not base.weight.is_floating_point():
+        size = layer_size(base)
+        # Quantised weights are packed: several to a number, or in few bits with their scales elsewhere.
+        is_packed = base.weight.numel() != size.outputs * size.inputs or not base.weight.is_floating_point()
+        if forward_mode == "folded" and is_packed:
             raise UnsupportedError(
-                f"a base weight of {base.weight.dtype} cannot be folded; use forward_mode='factored' or 'auto'"
+                f"a quantised base weight ({base.weight.dtype}) cannot be folded; use forward_mode='factored' or 'auto'"
             )
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         like = torch.empty(0, dtype=dtype, device=base.weight.device)
-        super().__init__(layer_size(base), like, train_down=train_down)
+        super().__init__(size, like, train_down=train_down)
+        self._is_packed = is_packed
         self._base_flags = [parameter.requires_grad for parameter in base.parameters()]
         self.base = base.requires_grad_(False)
         self.forward_mode = forward_mode
@@ -121,7 +125,8 @@ class LowRankLayer(BlockStore):
         """`"folded"` or `"factored"`: what `forward_mode` means for the base's present dtype."""
         if self.forward_mode != "auto":
             return self.forward_mode
-        return "folded" if self.base.weight.dtype in (torch.float32, torch.float64) else "factored"
+        is_wide = self.base.weight.dtype in (torch.float32, torch.float64)
+        return "folded" if is_wide and not self._is_packed else "factored"
 
     @property
     def weight(self) -> Tensor:
@@ -307,9 +312,9 @@ class LowRankLayer(BlockStore):
         Raises:
             UnsupportedError: the base is quantised.
         """
-        if not self.base.weight.is_floating_point():
+        if self._is_packed:
             raise UnsupportedError(
-                f"a base weight of {self.base.weight.dtype} has no dense sum; load the base unquantised"
+                f"a quantised base weight ({self.base.weight.dtype}) has no dense sum; load the base unquantised"
             )
         with normal_mode(), full_precision(self.base.weight.device):
             dtype = torch.promote_types(self.base.weight.dtype, self.up.dtype)

@@ -12,6 +12,7 @@ from everlora.errors import OptionError, TargetError, UnsupportedError, nearest
 from everlora.lowrank.adapted import FORWARD_MODES, LowRankLayer, base_of
 from everlora.lowrank.fused import FusedProjection
 from everlora.lowrank.layer import AdaptedLayer, LowRankConv2d, LowRankLinear
+from everlora.lowrank.modes import evaluating
 from everlora.lowrank.patches import patch_geometry
 from everlora.lowrank.ranks import layer_size
 from everlora.lowrank.sharing import InputGroup
@@ -116,17 +117,13 @@ def input_groups(
 
         return hook
 
-    modes = [(module, module.training) for module in model.modules()]
     handles = [layer.register_forward_pre_hook(listener(name), with_kwargs=True) for name, layer in named.items()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             run()
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     groups: dict[object, list[str]] = {}
     for name, inputs in seen.items():
         tensors = tuple((id(x), version) for x, version in inputs)

@@ -22,10 +22,10 @@ from everlora.lowrank import (
     Direction,
     DirectionSum,
     LowRankLayer,
-    direction_norm,
     fit_direction,
 )
 from everlora.lowrank.compression import allocate_ranks, plan_merge
+from everlora.lowrank.factors import direction_norm
 from everlora.methods.base import State, task_key
 from everlora.methods.sealing import ADOPTED, AbsorptionRules, BoundaryRules, MergeRules, Origin, SealedBlocks
 

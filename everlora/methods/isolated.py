@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from everlora.isolation import (
     statistics_move,
     unread_children,
 )
-from everlora.lowrank import LowRankConv2d, LowRankLinear
+from everlora.lowrank import AdaptedLayer
 from everlora.methods.base import (
     Batch,
     Collect,
@@ -43,8 +43,6 @@ from everlora.methods.base import (
 __all__ = ["IsolatedMethod", "IsolatedOptions"]
 
 logger = logging.getLogger("everlora.methods")
-
-_ADAPTED = get_args(LowRankLinear | LowRankConv2d)
 
 
 class IsolatedOptions(Protocol):
@@ -169,11 +167,11 @@ class IsolatedMethod(Method):
         """Put a task's network in place, or the pretrained one."""
         self.task_modules.activate(task)
 
-    def layers(self) -> dict[str, Any]:
+    def layers(self) -> dict[str, AdaptedLayer]:
         """The adapted layers of the active task, if any."""
         active = self.task_modules.active
         modules = {} if active is None else self.task_modules.version(active)
-        return {path: module for path, module in modules.items() if isinstance(module, _ADAPTED)}
+        return {path: module for path, module in modules.items() if isinstance(module, AdaptedLayer)}
 
     def head_rows(self) -> HeadRows:
         """The head of the active task."""
@@ -220,7 +218,7 @@ class IsolatedMethod(Method):
 
     def _module_state(self, index: int) -> State:
         """Tensors of a task's own modules: `adapter/LAYER/down` and `up` as PEFT shapes them, `module/PATH/NAME`."""
-        adapted = {p: m for p, m in self.task_modules.own(index).items() if isinstance(m, _ADAPTED)}
+        adapted = {p: m for p, m in self.task_modules.own(index).items() if isinstance(m, AdaptedLayer)}
         state: State = {}
         for path, name, tensor in self.task_modules.tensors(index):
             if path not in adapted:
@@ -237,7 +235,7 @@ class IsolatedMethod(Method):
             tensors[path, name] = value
         for path, layer in self.task_modules.own(index).items():
             factors = _below(state, f"adapter/{path}/")
-            if isinstance(layer, _ADAPTED) and factors:
+            if isinstance(layer, AdaptedLayer) and factors:
                 tensors |= {(path, side): rows for side, rows in factors_to_rows(layer, factors).items()}
         self.task_modules.load(index, tensors)
 

@@ -16,9 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from everlora.lowrank import exchanged
+from everlora.lowrank.modes import evaluating
 from everlora.methods.base import Batch, Collect, Encoder, Heads, Loss, TaskInfo
 from everlora.methods.registry import register
-from everlora.methods.tuned import TunedEncoder, TunedMethod, evaluating
+from everlora.methods.tuned import TunedEncoder, TunedMethod
 
 __all__ = ["LearningWithoutForgetting", "LwfOptions", "Teacher", "distillation"]
 

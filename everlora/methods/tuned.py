@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
@@ -33,7 +31,7 @@ from everlora.methods.base import (
     tasks_in,
 )
 
-__all__ = ["BatchNorms", "Trained", "TunedEncoder", "TunedMethod", "TunedOptions", "evaluating"]
+__all__ = ["BatchNorms", "Trained", "TunedEncoder", "TunedMethod", "TunedOptions"]
 
 Trained: TypeAlias = Literal["auto", "adapter", "all", "head"]
 """What of the encoder is trained: one LoRA, all of its weights, or nothing but the head. `auto` takes `all` for
@@ -256,15 +254,3 @@ class TunedMethod(Method):
         for index in range(count):
             load_head(self.heads, state, index, f"heads/{index:03d}/")
         return count
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all layers of a network in evaluation mode, and back into the modes they had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

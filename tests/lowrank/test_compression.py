@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everlora.errors import NumericError, OptionError, ShapeError
-from everlora.lowrank import Direction, DirectionSum, compress, direction_norm
+from everlora.lowrank import Direction, DirectionSum, compress
 from everlora.lowrank.compression import allocate_ranks, plan_merge
+from everlora.lowrank.factors import direction_norm
 from tests.lowrank.builders import CountProducts, rand
 
 F64 = torch.float64

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 import everlora.lowrank.moments as moments_module
 from everlora.errors import NumericError, UnsupportedError
-from everlora.lowrank import GradientMemory, LowRankConv2d, SecondMoment, record_moments, unfold_patches
+from everlora.lowrank import GradientMemory, LowRankConv2d, SecondMoment, record_moments
+from everlora.lowrank.patches import unfold_patches
 
 
 def test_a_one_by_one_convolution_has_the_moment_of_the_linear_layer_on_positions() -> None:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everlora.errors import NumericError, OptionError, ShapeError
-from everlora.lowrank import Direction, cosines, direction_norm, fit_direction, gram
-from everlora.lowrank.factors import kappa
+from everlora.lowrank import Direction, cosines, fit_direction, gram
+from everlora.lowrank.factors import direction_norm, kappa
 from tests.lowrank.builders import CountProducts, rand
 
 F64 = torch.float64

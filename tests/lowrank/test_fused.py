@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from everlora.errors import OptionError, ShapeError, TargetError
-from everlora.lowrank import FusedProjection, attach, detach, input_groups, join_factors, slice_names, split_factors
+from everlora.lowrank import FusedProjection, attach, detach, input_groups, join_factors, split_factors
+from everlora.lowrank.fused import slice_names
 from tests.lowrank.builders import rand
 
 WIDTH = 6

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from everlora.errors import NumericError, OptionError, ShapeError, UnsupportedError
-from everlora.lowrank import Direction, LowRankLinear, attach, detach, direction_norm
+from everlora.lowrank import Direction, LowRankLinear, attach, detach
+from everlora.lowrank.factors import direction_norm
 from tests.lowrank.builders import CountProducts, rand
 from tests.lowrank.magnitude_builders import CURRENT, IN, OUT, WAYS, close, loop, make
 
