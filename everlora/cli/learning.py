@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +10,7 @@ from everlora.cli import output
 from everlora.cli.parameters import (
     AsJson,
     BaseModel,
+    ColumnNames,
     Debug,
     Folder,
     ImageColumn,
@@ -51,7 +51,7 @@ def init(
     ] = None,
     scenario: Annotated[
         str,
-        typer.Option("--scenario", help="class_incremental, domain_incremental or task_incremental."),
+        typer.Option("--scenario", help="class_incremental, domain_incremental, task_incremental or language."),
     ] = "class_incremental",
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
@@ -60,6 +60,7 @@ def init(
         str | None,
         typer.Option("--task-column", metavar="NAME", help="Column that says which task or domain a row is of."),
     ] = None,
+    column: ColumnNames = None,
     pooling: Annotated[
         str | None, typer.Option("--pooling", help="How tokens become one vector: auto, cls, mean, pooler or cls_mean.")
     ] = None,
@@ -79,7 +80,7 @@ def init(
     """Make a learner: a folder that holds a pretrained model's name, a method and its options."""
     switches = {"pooling": pooling, "dtype": dtype, "keep_validation": keep_validation, "keep_states": keep_states}
     options = parse_settings(settings, model=model, method=method, seed=seed, **switches)
-    columns = columns_from(text=text_column, image=image_column, label=label_column, task=task_column)
+    columns = columns_from(column, text=text_column, image=image_column, label=label_column, task=task_column)
     from everlora.status import read_status
 
     with StageProgress():
@@ -111,6 +112,7 @@ def learn(
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    column: ColumnNames = None,
     model: BaseModel = None,
     settings: TaskSettings = None,
     as_json: AsJson = False,
@@ -118,16 +120,12 @@ def learn(
 ) -> None:
     """Teach a learner the next task, from data whose labels may be new, known or mixed."""
     options = parse_settings(settings)
-    columns = columns_from(text=text_column, image=image_column, label=label_column)
+    columns = columns_from(column, text=text_column, image=image_column, label=label_column)
     with StageProgress() as progress:
-        from everlora.cli.tables import name_columns
         from everlora.learner import Learner
 
         learner = Learner.open(folder, model=model)
-        rows = name_columns(data, learner, columns)
-        kept = None if validation is None else name_columns(validation, learner, columns)
-        title = name if rows is data else name or Path(data).stem
-        result = learner.learn(rows, name=title, validation=kept, progress=progress, **options)
+        result = learner.learn(data, name=name, validation=validation, columns=columns, progress=progress, **options)
     if as_json:
         output.emit_json(result)
         return
@@ -135,10 +133,16 @@ def learn(
 
 
 def _print_task(result: TaskResult) -> None:
+    of_labels = f" of {len(result.labels)} labels" if result.labels else ""
     output.line(
-        f"Task {result.index + 1} '{result.name}': learned {result.num_examples} rows of {len(result.labels)} labels "
+        f"Task {result.index + 1} '{result.name}': learned {result.num_examples} rows{of_labels} "
         f"in {output.duration(result.seconds)} ({result.steps} steps)."
     )
+    if not result.labels:
+        if result.metrics:
+            figures = [(task, f"{entropy:.4f}") for task, entropy in result.metrics.items()]
+            output.table(("task", "nats a token"), figures, title="On the rows kept back")
+        return
     output.line(f"New labels ({len(result.new_labels)}): {output.listing(result.new_labels) or 'none'}")
     if result.known_labels:
         output.line(f"Known labels ({len(result.known_labels)}): {output.listing(result.known_labels)}")

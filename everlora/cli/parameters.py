@@ -12,6 +12,7 @@ import typer
 __all__ = [
     "AsJson",
     "BaseModel",
+    "ColumnNames",
     "Debug",
     "Folder",
     "ImageColumn",
@@ -34,6 +35,15 @@ ImageColumn = Annotated[
 ]
 LabelColumn = Annotated[
     str | None, typer.Option("--label-column", metavar="NAME", help="Column that holds the labels.")
+]
+ColumnNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="KIND=NAME",
+        help="Say which column is what, such as instruction=question; for language also 'text={title}. {body}'. Repeat "
+        "for more.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the library's log.")]
@@ -82,9 +92,25 @@ def parse_settings(settings: Iterable[str] | None, **named: Any) -> dict[str, An
     return options
 
 
-def columns_from(**named: str | None) -> dict[str, str] | None:
-    """Return the columns that were named, or `None` when the library shall find them by type."""
-    return {key: value for key, value in named.items() if value is not None} or None
+def columns_from(pairs: Iterable[str] | None = None, **named: str | None) -> dict[str, str] | None:
+    """Return the columns that were named, or `None` when the library shall find them by type.
+
+    Args:
+        pairs: words of the form `kind=name`; which kinds there are is for the library to say.
+        **named: values of the switches; `None` means the switch was not given.
+
+    Raises:
+        typer.BadParameter: a word without `=`, or a kind given twice.
+    """
+    columns = {key: value for key, value in named.items() if value is not None}
+    for word in pairs or ():
+        kind, separator, name = word.partition("=")
+        if not separator or not kind.strip() or not name.strip():
+            raise typer.BadParameter(f"expected KIND=NAME, found '{word}'", param_hint="--column")
+        if kind.strip() in columns:
+            raise typer.BadParameter(f"the {kind.strip()} column is given twice", param_hint="--column")
+        columns[kind.strip()] = name.strip()
+    return columns or None
 
 
 def split_names(words: str | None) -> list[str] | None:

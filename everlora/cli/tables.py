@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from everlora.errors import DataError, nearest
 from everlora.store import LearnerStore
-from everlora.streams import Columns, Examples, load_examples
+from everlora.streams import Columns, Examples, load_dialogues, load_examples
 from everlora.streams.columns import find_columns, read_texts
 from everlora.streams.files import read_path
 from everlora.streams.table import Column
@@ -24,12 +24,12 @@ from everlora.streams.table import Column
 if TYPE_CHECKING:
     from everlora.learner import Learner
 
-__all__ = ["InputTable", "check_output", "name_columns", "read_inputs", "read_table", "titles", "write_table"]
+__all__ = ["InputTable", "check_output", "read_inputs", "read_table", "titles", "write_table"]
 
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
-Ranked = Sequence[tuple[str, float]]
-"""Labels with their scores, best first."""
+Ranked = Sequence[tuple[str, float]] | str
+"""Labels with their scores, best first, or a text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +110,8 @@ def read_inputs(path: Path, learner: Learner, named: Mapping[str, str] | None) -
         DataError: the column is missing or holds something else.
     """
     modality = learner.backbone.modality
+    if modality == "language":
+        return load_dialogues(path, columns=_columns_of(learner) | dict(named or {}), require_answers=False)
     known = {key: name for key, name in _columns_of(learner).items() if key == modality}
     columns = Columns.from_mapping(known | dict(named or {}))
     if modality == "text":
@@ -119,24 +121,6 @@ def read_inputs(path: Path, learner: Learner, named: Mapping[str, str] | None) -
         return list(read_texts(table, found.input))
     size = learner.backbone.image_size
     return load_examples(path, columns=columns, modality=modality, require_labels=False, image_size=size)
-
-
-def name_columns(data: str, learner: Learner, named: Mapping[str, str] | None) -> Examples | str:
-    """Read labelled data whose columns have other names than the learner was told; else leave it to the learner.
-
-    Args:
-        data: path or hub id.
-        learner: says whether it wants texts or images, and which columns it was told to read.
-        named: the columns of this data that were named.
-
-    Raises:
-        DataError: the data cannot be read, or a column is missing.
-    """
-    if named is None:
-        return data
-    columns = Columns.from_mapping(_columns_of(learner) | dict(named))
-    modality, size = learner.backbone.modality, learner.backbone.image_size
-    return load_examples(data, columns=columns, modality=modality, image_size=size)
 
 
 def _columns_of(learner: Learner) -> dict[str, str]:
@@ -160,11 +144,11 @@ def write_table(path: Path, table: InputTable, answers: Sequence[Ranked]) -> lis
     Args:
         path: the file; its suffix decides the format. An older one is replaced.
         table: the rows.
-        answers: for each row its labels with scores, best first, at least one.
+        answers: for each row its labels with scores, best first, at least one; or the text that was written.
 
     Returns:
-        The names of the added columns: `label` and `score`, then `label_2`, `score_2` and so on; with `predicted_`
-        before them where the file has one of these names already.
+        The names of the added columns: `label` and `score`, then `label_2`, `score_2` and so on, or `answer`; with
+        `predicted_` before them where the file has one of these names already.
 
     Raises:
         DataError: the rows cannot be written in this format.
@@ -182,11 +166,14 @@ def write_table(path: Path, table: InputTable, answers: Sequence[Ranked]) -> lis
 
 
 def _added_columns(taken: Sequence[str], answers: Sequence[Ranked]) -> dict[str, list[Any]]:
-    depth = max((len(ranked) for ranked in answers), default=1)
     columns: dict[str, list[Any]] = {}
-    for rank in range(depth):
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    labels = [() if isinstance(answer, str) else answer for answer in answers]
+    if texts:
+        columns["answer"] = [answer if isinstance(answer, str) else answer[0][0] for answer in answers]
+    for rank in range(0 if texts else max((len(ranked) for ranked in labels), default=1)):
         ending = f"_{rank + 1}" if rank else ""
-        pairs = [ranked[rank] if rank < len(ranked) else (None, None) for ranked in answers]
+        pairs = [ranked[rank] if rank < len(ranked) else (None, None) for ranked in labels]
         columns[f"label{ending}"] = [label for label, _ in pairs]
         columns[f"score{ending}"] = [score for _, score in pairs]
     # The file's own labels may be the truth that somebody compares with: they are never overwritten.

@@ -8,13 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder, ImageColumn, LabelColumn, TextColumn, columns_from
+from everlora.cli.parameters import (
+    AsJson,
+    BaseModel,
+    ColumnNames,
+    Debug,
+    Folder,
+    ImageColumn,
+    LabelColumn,
+    TextColumn,
+    columns_from,
+)
 from everlora.cli.progress import StageProgress
+from everlora.results import LanguageEvaluation
 
 if TYPE_CHECKING:
-    from everlora.results import Prediction
+    from everlora.results import Evaluation, Prediction
 
 __all__ = ["evaluate", "predict"]
+
+Answer = list[tuple[str, float]] | str
+"""Labels with their scores, best first, or a text."""
 
 
 def predict(
@@ -33,13 +47,17 @@ def predict(
     ] = None,
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
+    column: ColumnNames = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="Which weights answer, where a method keeps several.")
+    ] = None,
     model: BaseModel = None,
     task: Annotated[str | None, typer.Option("--task", help="Name of the task the inputs belong to, if known.")] = None,
     top: Annotated[int, typer.Option("--top", metavar="K", min=1, help="How many labels to give for each input.")] = 1,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Label texts or image files, given as words or in a file."""
+    """Label texts or image files, or let a language model answer, given as words or in a file."""
     if bool(inputs) == (input_file is not None):
         raise typer.BadParameter("give either texts or image files, or --input FILE", param_hint="predict")
     if output_file is not None and input_file is None:
@@ -53,9 +71,9 @@ def predict(
         from everlora.learner import Learner
 
         learner = Learner.open(folder, model=model)
-        named = columns_from(text=text_column, image=image_column)
+        named = columns_from(column, text=text_column, image=image_column)
         given: Any = inputs if input_file is None else tables.read_inputs(input_file, learner, named)
-        answers = learner.predict(given, task=task)
+        answers = learner.predict(given, task=task, variant=variant)
     best = [_best(answer, top) for answer in answers]
     if table is not None and output_file is not None:
         added = tables.write_table(output_file, table, best)
@@ -68,11 +86,13 @@ def predict(
         _print_answers(titles or [], best)
 
 
-def _best(answer: Prediction, top: int) -> list[tuple[str, float]]:
-    return list(answer.scores.items())[:top]
+def _best(answer: Prediction, top: int) -> Answer:
+    return list(answer.scores.items())[:top] if answer.text is None else answer.text
 
 
-def _as_mapping(text: str, ranked: list[tuple[str, float]]) -> dict[str, Any]:
+def _as_mapping(text: str, ranked: Answer) -> dict[str, Any]:
+    if isinstance(ranked, str):
+        return {"input": text, "text": ranked}
     return {
         "input": text,
         "label": ranked[0][0],
@@ -88,10 +108,14 @@ def _report_file(path: Path, num_rows: int, names: list[str], *, as_json: bool) 
         output.line(f"Wrote {num_rows} rows to {path}, with the columns {' and '.join(names)} added.")
 
 
-def _print_answers(texts: list[str], best: list[list[tuple[str, float]]]) -> None:
+def _print_answers(texts: list[str], best: list[Answer]) -> None:
+    if any(isinstance(answer, str) for answer in best):
+        output.table(("input", "answer"), [(text, str(answer)) for text, answer in zip(texts, best, strict=True)])
+        return
     rows = [
         (text if rank == 0 else "", label, f"{score:.4f}")
         for text, ranked in zip(texts, best, strict=True)
+        if not isinstance(ranked, str)
         for rank, (label, score) in enumerate(ranked)
     ]
     output.table(("input", "label", "score"), rows)
@@ -107,22 +131,51 @@ def evaluate(
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    column: ColumnNames = None,
     model: BaseModel = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure a learner on labelled data, or on the rows it kept back."""
-    columns = columns_from(text=text_column, image=image_column, label=label_column)
+    columns = columns_from(column, text=text_column, image=image_column, label=label_column)
     with StageProgress():
-        from everlora.cli.tables import name_columns
         from everlora.learner import Learner
 
         learner = Learner.open(folder, model=model)
-        result = learner.evaluate(None if data is None else name_columns(data, learner, columns))
+        result = learner.evaluate(data, columns=columns)
     if as_json:
         output.emit_json(result)
         return
+    _print_evaluation(result)
+
+
+def _print_evaluation(result: Evaluation | LanguageEvaluation) -> None:
+    if isinstance(result, LanguageEvaluation):
+        _print_scores(result)
+    else:
+        _print_accuracies(result)
+
+
+def _print_accuracies(result: Evaluation) -> None:
     sizes = {name: counts.size for name, counts in result.counts.items()}
     output.line(f"Accuracy {output.percent(result.accuracy)} % on {output.count(sum(sizes.values()), 'row')}.")
     rows = [(name, str(sizes[name]), output.percent(accuracy)) for name, accuracy in result.per_task.items()]
     output.table(("task", "rows", "accuracy %"), rows)
+
+
+def _print_scores(result: LanguageEvaluation) -> None:
+    scores = dict(result.per_task) | ({"all": result.total} if len(result.per_task) > 1 else {})
+    rows = [
+        (
+            name,
+            str(score.rows),
+            str(score.tokens),
+            f"{score.cross_entropy:.4f}",
+            f"{score.perplexity:.2f}",
+            f"{score.bits_per_byte:.4f}",
+            output.percent(score.accuracy),
+            output.percent(score.rouge_l),
+        )
+        for name, score in scores.items()
+    ]
+    output.table(("task", "rows", "tokens", "nats a token", "perplexity", "bits a byte", "right %", "ROUGE-L"), rows)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from everlora.errors import DataError, OptionError
+from everlora.language import LanguageEvaluator
 from everlora.results import LanguageEvaluation, LanguageScore, Prediction
 from everlora.scenarios.base import Scenario
 from everlora.streams import Examples, check_dialogue_columns, hold_out_rows, load_dialogues
 from everlora.training import TaskTrainer
-
-if TYPE_CHECKING:
-    from everlora.language import LanguageEvaluator
 
 __all__ = ["LanguageScenario"]
 
@@ -88,8 +86,6 @@ class LanguageScenario(Scenario[LanguageScore, LanguageEvaluation]):
         return {"nll": score.nll, "tokens": score.tokens, "num_bytes": score.num_bytes}
 
     def _evaluator(self, trainer: TaskTrainer) -> LanguageEvaluator:
-        from everlora.language import LanguageEvaluator
-
         return LanguageEvaluator(trainer, max_new_tokens=self.max_new_tokens)
 
     def _named(self, columns: Mapping[str, str | None] | None) -> dict[str, str]:

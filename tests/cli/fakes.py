@@ -47,9 +47,16 @@ class FakeLearner:
         return learner
 
     def learn(
-        self, data: str, *, name: str | None, validation: str | None, progress: Callable[..., None], **training: Any
+        self,
+        data: str,
+        *,
+        name: str | None,
+        validation: str | None,
+        columns: dict[str, str] | None,
+        progress: Callable[..., None],
+        **training: Any,
     ) -> TaskResult:
-        self.calls.append(("learn", (data, name, validation, training)))
+        self.calls.append(("learn", (data, name, validation, columns, training)))
         progress("train", 1, 1)
         return TaskResult(
             index=1,
@@ -65,12 +72,12 @@ class FakeLearner:
             num_truncated=2,
         )
 
-    def predict(self, inputs: list[str], task: str | None) -> list[Prediction]:
+    def predict(self, inputs: list[str], task: str | None, variant: str | None = None) -> list[Prediction]:
         self.calls.append(("predict", (list(inputs), task)))
         return [Prediction("refund", 0.75, SCORES) for _ in inputs]
 
-    def evaluate(self, data: str | None) -> Evaluation:
-        self.calls.append(("evaluate", data))
+    def evaluate(self, data: str | None, columns: dict[str, str] | None = None) -> Evaluation:
+        self.calls.append(("evaluate", (data, columns)))
         if data == "missing.csv":
             raise DataError("missing.csv does not exist; give a file.")
         return Evaluation(0.8, {"january": 0.8}, {"january": Counts(8, 10)})

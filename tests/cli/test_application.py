@@ -95,7 +95,7 @@ def test_wrong_use_is_one_sentence_and_code_2(call: Any, words: list[str], said:
     [
         (DataError("january.csv holds no rows; give at least one."), 2),
         (LockedError("intents is being written to; wait for it."), 2),
-        (UnsupportedError("language models are not supported yet; use an encoder."), 2),
+        (UnsupportedError("method 'ncm' is not for causal language models; choose another."), 2),
         (EverloraError("something else."), 1),
         (OSError(28, "No space left on device"), 1),
         (RuntimeError("first line\n  second line"), 1),
@@ -104,7 +104,7 @@ def test_wrong_use_is_one_sentence_and_code_2(call: Any, words: list[str], said:
 def test_errors_become_one_line_and_the_right_code(
     call: Any, learner: type[FakeLearner], monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(learner, "evaluate", fail)
@@ -131,7 +131,7 @@ def test_debug_behind_two_dashes_is_a_text(call: Any, learner: type[FakeLearner]
 
 
 def test_interrupt_is_one_sentence(call: Any, learner: type[FakeLearner], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(learner, "evaluate", interrupt)
@@ -154,7 +154,7 @@ def test_warnings_of_the_library_reach_standard_error_alone(
 ) -> None:
     answer = FakeLearner.evaluate
 
-    def warn(self: FakeLearner, data: str | None) -> Any:
+    def warn(self: FakeLearner, data: str | None, **columns: Any) -> Any:
         logging.getLogger("everlora.streams").warning("2 texts were cut")
         logging.getLogger("everlora.streams").info("detail")
         return answer(self, data)

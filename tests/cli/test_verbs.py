@@ -49,7 +49,8 @@ def test_init_leaves_defaults_to_the_library(call: Any, learner: type[FakeLearne
 def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
     code, out, err = call("learn", "f", "february.csv", "--model", "m", "--validation", "v.csv", "--set", "epochs=2")
     assert (code, err) == (0, "")
-    assert learner.calls == [("open", (Path("f"), "m")), ("learn", ("february.csv", None, "v.csv", {"epochs": 2}))]
+    learned = ("learn", ("february.csv", None, "v.csv", None, {"epochs": 2}))
+    assert learner.calls == [("open", (Path("f"), "m")), learned]
     for said in (
         "Task 2 'february'",
         "30 rows of 2 labels",
@@ -65,16 +66,17 @@ def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
     assert (result["name"], result["known_labels"], result["metrics"]["january"]) == ("second", ["refund"], 0.5)
 
 
-def test_columns_named_for_one_file(call: Any, learner: type[FakeLearner], intents: Path, tmp_path: Path) -> None:
-    (tmp_path / "march.csv").write_text("body,tag\nwhere is it,parcel\n")
-    code, _, err = call("learn", intents, tmp_path / "march.csv", "--text-column", "body", "--label-column", "tag")
+def test_columns_named_for_one_file(call: Any, learner: type[FakeLearner]) -> None:
+    words = ("--text-column", "body", "--column", "label=tag")
+    code, _, err = call("learn", "f", "march.csv", *words)
     assert (code, err) == (0, "")
-    _, (rows, name, validation, _) = learner.calls[-1]
-    assert (list(rows.inputs), list(rows.labels), name, validation) == (["where is it"], ["parcel"], "march", None)
-    call("eval", intents, tmp_path / "march.csv", "--text-column", "body", "--label-column", "tag")
-    assert learner.calls[-1][1].labels.tolist() == ["parcel"]
-    code, _, err = call("eval", intents, tmp_path / "march.csv", "--label-column", "tag")
-    assert code == 2 and "'utterance'" in err  # the other column is the one the learner was told of
+    _, (data, name, validation, columns, _) = learner.calls[-1]
+    assert (data, name, validation, columns) == ("march.csv", None, None, {"text": "body", "label": "tag"})
+    call("eval", "f", "march.csv", *words)
+    assert learner.calls[-1] == ("evaluate", ("march.csv", {"text": "body", "label": "tag"}))
+    for wrong in ("tag", "label=", "text=other"):
+        code, _, err = call("learn", "f", "march.csv", *words, "--column", wrong)
+        assert code == 2 and "--column" in err
 
 
 def test_predict_words(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
@@ -132,9 +134,9 @@ def test_predict_checks_the_output_before_the_model_is_loaded(
 
 def test_eval(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
     _, out, _ = call("eval", "f")
-    assert learner.calls[-1] == ("evaluate", None) and "Accuracy 80.00 % on 10 rows." in out and "january" in out
+    assert learner.calls[-1] == ("evaluate", (None, None)) and "Accuracy 80.00 % on 10 rows." in out and "january" in out
     assert call_json("eval", "f", "test.csv")["counts"]["january"]["correct"] == 8
-    assert learner.calls[-1] == ("evaluate", "test.csv")
+    assert learner.calls[-1] == ("evaluate", ("test.csv", None))
 
 
 def test_status_shows_what_became_of_each_task(call: Any, call_json: Any, intents: Path) -> None:
