@@ -92,4 +92,9 @@ def load_base(header: Mapping[str, Any], moved_to: str | Path | None, settings: 
             f"the model at {source} is not the one the learner was made with (sha256 {found[:12]}..., expected "
             f"{header['base_sha256'][:12]}...); give the original with --model or model=."
         )
+    if header.get("inputs_sha256") != backbone.inputs_fingerprint:
+        raise ModelError(
+            f"the tokenizer or the template at {source} is not the one the learner was made with, so that rows would "
+            "become other tokens; put the original back."
+        )
     return backbone

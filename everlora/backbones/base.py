@@ -19,6 +19,7 @@ from everlora.errors import TargetError, UnsupportedError
 
 if TYPE_CHECKING:
     from everlora.backbones.language_inputs import LanguageInputs
+    from everlora.backbones.tokens import EncodedTokens
 
 __all__ = ["Backbone", "Modality"]
 
@@ -65,6 +66,11 @@ class Backbone(nn.Module, ABC):
     def modality(self) -> Modality:
         """`"image"`, `"text"` or, for causal language models, `"language"`."""
         return "image" if isinstance(self.inputs, ImageInputs) else "text"
+
+    @property
+    def inputs_fingerprint(self) -> str | None:
+        """Sha256 over what turns rows into tokens, where a change of it would go unseen; `None` where it cannot."""
+        return None
 
     @property
     def output_head(self) -> nn.Module | None:
@@ -149,7 +155,7 @@ class Backbone(nn.Module, ABC):
         """Same as `features`."""
         return self.features(batch)
 
-    def encode(self, inputs: Any, ids: Any = None) -> Encoded:
+    def encode(self, inputs: Any, ids: Any = None) -> Encoded | EncodedTokens:
         """Read a data set once: texts become token ids, images stay the uint8 array they are.
 
         Args:
@@ -161,7 +167,7 @@ class Backbone(nn.Module, ABC):
         """
         return self.inputs.encode(inputs, ids)
 
-    def collate(self, encoded: Encoded, indices: Rows, *, augment: Augment | None = None) -> dict[str, Tensor]:
+    def collate(self, encoded: Any, indices: Rows, *, augment: Augment | None = None) -> dict[str, Tensor]:
         """Build the batch of the given rows on the device of the network.
 
         Args:
@@ -175,7 +181,7 @@ class Backbone(nn.Module, ABC):
         """
         return self.inputs.collate(encoded, indices, device=self.device, augment=augment)
 
-    def lengths(self, encoded: Encoded) -> np.ndarray[Any, Any] | None:
+    def lengths(self, encoded: Any) -> np.ndarray[Any, Any] | None:
         """Tokens of each row, `(n,)` int64, for bucketing; `None` for images."""
         return encoded.lengths if isinstance(encoded, EncodedTexts) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,13 @@ class CausalLMBackbone(Backbone):
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self.inputs.tokenizer
+
+    @property
+    def inputs_fingerprint(self) -> str:
+        """Sha256 over template and tokenizer."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        tokens = repr(sorted(self.tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+        return hashlib.sha256(f"{self.inputs.template_text}\0{tokens}".encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def vocab_size(self) -> int:
