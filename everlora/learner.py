@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from everlora.adapters import adopt_at_start, with_full_path
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
 from everlora.errors import DataError, OptionError, nearest
-from everlora.evaluation import Evaluator
-from everlora.export import ExportHead, ExportReport, choose_task, export_merged, export_peft, network_of
-from everlora.kept_rows import KEPT_FILE, pack_rows, unpack_rows
+from everlora.export import ExportReport, choose_task, network_of
+from everlora.kept_rows import KEPT_FILE, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
-from everlora.record import cost_record, load_base, provenance, task_name, task_record
-from everlora.results import Counts, Evaluation, Prediction, TaskResult
-from everlora.settings import Settings, check_scenario
-from everlora.snapshot import join_state, split_state
+from everlora.record import load_base, provenance, task_name, write_task
+from everlora.results import Counts, Evaluation, LanguageEvaluation, LanguageScore, Prediction, TaskResult
+from everlora.scenarios import LanguageScenario, Scenario, check_scenario, kind_of_model, make_scenario
+from everlora.settings import Settings
+from everlora.shared_directory import create_directory, is_writer, reread, writing
+from everlora.snapshot import join_state
 from everlora.store import LearnerStore, TaskEntry
-from everlora.streams import Columns, Examples, hold_out, load_examples
-from everlora.training import Progress, TaskData, TaskTrainer, TrainingReport
+from everlora.streams import Examples
+from everlora.training import Progress, TaskTrainer, device_of_process
 
 __all__ = ["Learner"]
 
@@ -31,13 +32,13 @@ __all__ = ["Learner"]
 class Learner:
     """A pretrained model, a method and the tasks it has learned, in one directory.
 
-    Use `Learner.create` or `Learner.open`. The directory is locked only while a task is learned or rolled back.
+    Use `Learner.create` or `Learner.open`. The directory is locked only while a task is learned or rolled back. Of
+    several processes, which must all make the same calls, the first alone writes to it.
 
     Attributes:
         path: the directory.
-        scenario: `class_incremental`, `domain_incremental` or `task_incremental`.
+        scenario: `class_incremental`, `domain_incremental`, `task_incremental` or `language`.
         settings: all options.
-        classes: label names in the order of their class indices.
         backbone: the pretrained model with its input pipeline.
         method: the method, with what it remembers.
     """
@@ -53,7 +54,7 @@ class Learner:
         self.path = store.root
         self._store = store
         self._stale = False
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device_of_process(device)
         self._model_source = model
         self._load(store, loaded)
 
@@ -76,36 +77,40 @@ class Learner:
             model: local folder or hub id of a pretrained encoder; `"packaged"` is the small ViT that comes with
                 everlora.
             method: name of a method; see `everlora methods`.
-            scenario: `class_incremental`, `domain_incremental` or `task_incremental`.
-            columns: names of the data's columns: `text` or `image`, `label`, `task`; found by type when left out.
+            scenario: `class_incremental`, `domain_incremental`, `task_incremental`, or `language` for a causal language
+                model.
+            columns: names of the data's columns: `text` or `image`, `label`, `task`; found by type when left out. For
+                language, see `everlora.streams.load_dialogues`.
             device: where to compute; a GPU when there is one.
             **options: options of the method, the training, the model and the learner, in one flat list.
 
         Raises:
             OptionError: an option is unknown or out of range.
             ModelError: the model cannot be loaded.
+            UnsupportedError: the method is not for models of this kind.
             StoreError: the folder holds a learner already.
         """
         settings = with_full_path(Settings.of(method, options))
-        scenario = check_scenario(scenario)
-        Columns.from_mapping(dict(columns or {}))
-        backbone = load_backbone(model, **settings.as_parts()["model"])
+        scenario, named = check_scenario(scenario), {key: value for key, value in (columns or {}).items() if value}
+        backbone = load_backbone(model, kind=kind_of_model(scenario), **settings.as_parts()["model"])
+        make_scenario(scenario, backbone=backbone, columns=named).check_method(settings.method)
         made = settings.method.method_class(settings.method_options, backbone, seed=settings.training.seed)
         header = {
             "base_model": str(Path(model).resolve()) if Path(model).is_dir() else str(model),
             "base_sha256": model_fingerprint(backbone.folder),
             "architecture": backbone.architecture,
             "modality": backbone.modality,
+            "inputs_sha256": backbone.inputs_fingerprint,
             "method": settings.method.name,
             "scenario": scenario,
-            "columns": {key: value for key, value in (columns or {}).items() if value},
+            "columns": named,
             "options": settings.as_parts(),
             **provenance(),
         }
         if settings.learner.start_from is not None:
             header["start_from_sha256"] = adopt_at_start(settings, made, backbone.model)
-        with LearnerStore.create(path, header, keep_states=settings.learner.keep_states) as store:
-            pass
+        place = device_of_process(device)
+        store = create_directory(path, header, device=place, keep_states=settings.learner.keep_states)
         return cls(store, model=None, device=device, loaded=(backbone, made))
 
     @classmethod
@@ -137,6 +142,16 @@ class Learner:
     def digest(self) -> str:
         """Sha256 over all that decides what the learner does next."""
         return self._store.digest
+
+    @property
+    def classes(self) -> list[str]:
+        """Label names in the order of their class indices."""
+        return self._rules.classes
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the weights one may predict with, the usual ones first; empty where there is but one choice."""
+        return self.method.variants
 
     @property
     def trains_on(self) -> str:
@@ -172,7 +187,7 @@ class Learner:
             NumericError: the loss is not finite.
             LockedError: another process is writing to the directory.
         """
-        with LearnerStore.open(self.path, write=True) as store:
+        with writing(self.path, device=self._device) as store:
             if self._stale or store.digest != self._store.digest:
                 self._load(store)
             settings = self.settings.with_training(training)
@@ -181,25 +196,32 @@ class Learner:
                     f"method '{self.settings.method.name}' learns all tasks at once and has learned; "
                     "make a new learner, or take a method that learns task after task."
                 )
-            examples = self._examples(dataset, columns)
-            kept = None if validation is None else self._examples(validation, columns)
+            examples = self._rules.load(dataset, columns)
+            kept = None if validation is None else self._rules.load(validation, columns)
             if kept is None and self.settings.learner.keep_validation:
                 keep = self.settings.learner.keep_validation
-                examples, kept = hold_out(examples, fraction=0.5, seed=settings.training.seed, maximum=keep)
+                examples, kept = self._rules.hold_out(examples, maximum=keep, seed=settings.training.seed)
             chosen = task_name(name, dataset, [entry.name for entry in store.tasks])
             self._stale = True  # until the task is on disk, memory and disk differ
             result = self._learn(store, settings, chosen, examples, kept, progress)
-            self._store, self._stale = store, False
+        self._store, self._stale = reread(store, device=self._device), False
         return result
 
     def predict(
-        self, inputs: Any, task: str | int | None = None, *, progress: Progress | None = None
+        self,
+        inputs: Any,
+        task: str | int | None = None,
+        *,
+        variant: str | None = None,
+        progress: Progress | None = None,
     ) -> list[Prediction]:
-        """Classify inputs.
+        """Classify inputs, or let a language model answer them.
 
         Args:
-            inputs: one text or a list of texts; for images, files, PIL images, uint8 arrays, or a data set.
+            inputs: one text or a list of texts; for images, files, PIL images, uint8 arrays, or a data set. For a
+                language model prompts, or rows without answers.
             task: name or number of the task the inputs belong to, when it is known; only its classes compete.
+            variant: which weights answer, of `variants`.
             progress: called often as `progress(stage, done, total)`.
 
         Returns:
@@ -207,52 +229,91 @@ class Learner:
 
         Raises:
             DataError: nothing was learned yet, or an input cannot be read.
+            OptionError: no such task or variant.
         """
         self._require_tasks()
-        return self._evaluator(progress).predict(self._inputs(inputs), self._task_index(task))
+        with self._predicting(variant):
+            rows = self._rules.read_inputs(inputs)
+            return self._rules.predict(self._trainer(progress), rows, self._task_index(task))
+
+    def generate(
+        self, prompts: Sequence[Any], *, max_new_tokens: int | None = None, variant: str | None = None
+    ) -> list[str]:
+        """Let a language model go on from prompts, greedily; before the first task, too.
+
+        Args:
+            prompts: texts, or rows without answers; texts become prompts by the learner's template.
+            max_new_tokens: how long the texts may be; the learner's option by default.
+            variant: which weights write, of `variants`.
+
+        Raises:
+            OptionError: the learner is not one of language, or has no such variant.
+        """
+        if not isinstance(self._rules, LanguageScenario):
+            raise OptionError(f"a learner of the scenario {self.scenario} writes no text; use predict.")
+        with self._predicting(variant):
+            return self._rules.generate(self._trainer(), prompts, max_new_tokens)
 
     def evaluate(
         self,
         dataset: Any = None,
         *,
         columns: Mapping[str, str | None] | None = None,
+        variant: str | None = None,
         progress: Progress | None = None,
-    ) -> Evaluation:
-        """Measure accuracy on labelled rows, or on the rows kept back from every task.
+    ) -> Evaluation | LanguageEvaluation:
+        """Measure accuracy on labelled rows, or a language model on any rows, or on those kept back from every task.
 
         Args:
-            dataset: labelled rows; None takes the kept ones.
+            dataset: the rows; None takes the kept ones.
             columns: names of this data's columns, over those given to `create`.
+            variant: which weights are measured, of `variants`.
             progress: called often as `progress(stage, done, total)`.
 
         Raises:
             DataError: a label is unknown, or no rows were kept.
+            OptionError: no such variant.
         """
         self._require_tasks()
-        evaluator = self._evaluator(progress)
-        if dataset is not None:
-            return evaluator.evaluate(
-                self._examples(dataset, columns), [entry.name for entry in self.tasks], self._labels
-            )
-        kept = {index: rows for index in range(len(self.tasks)) if (rows := self._kept_rows(index)) is not None}
-        if not kept:
-            raise DataError(
-                f"{self.path} keeps no validation rows; give a data set, or create it with keep_validation."
-            )
-        counts = {self.tasks[index].name: self._count(evaluator, index, rows) for index, rows in kept.items()}
-        return Evaluator.summary(counts)
+        trainer = self._trainer(progress)
+        names = [entry.name for entry in self.tasks]
+        with self._predicting(variant):
+            if dataset is not None:
+                result: Evaluation | LanguageEvaluation = self._rules.evaluate(
+                    trainer, self._rules.load(dataset, columns), names
+                )
+                return result
+            kept = {index: rows for index in range(len(names)) if (rows := self._kept_rows(index)) is not None}
+            if not kept:
+                raise DataError(
+                    f"{self.path} keeps no validation rows; give a data set, or create it with keep_validation."
+                )
+            scores = {names[index]: self._score(trainer, index, rows) for index, rows in kept.items()}
+            summary: Evaluation | LanguageEvaluation = self._rules.summary(scores)
+            return summary
 
-    def evaluate_tasks(self, tasks: Sequence[tuple[int, Examples]]) -> list[Counts]:
-        """Count correct rows of test sets.
+    def evaluate_tasks(self, tasks: Sequence[tuple[int, Examples]], *, variant: str | None = None) -> list[Any]:
+        """Measure on test sets; before the first task, too, where the model itself can answer.
 
         Args:
             tasks: number of the task each set belongs to, and its rows.
+            variant: which weights are measured, of `variants`.
+
+        Returns:
+            `Counts`, or `LanguageScore` for a language model, one for each set.
         """
-        evaluator = self._evaluator()
-        return [self._count(evaluator, index, rows) for index, rows in tasks]
+        trainer = self._trainer()
+        with self._predicting(variant):
+            return [self._score(trainer, index, rows) for index, rows in tasks]
 
     def export(
-        self, path: str | Path, format: str = "merged", *, task: str | int | None = None, max_rank: int | None = None
+        self,
+        path: str | Path,
+        format: str = "merged",
+        *,
+        task: str | int | None = None,
+        max_rank: int | None = None,
+        variant: str | None = None,
     ) -> ExportReport:
         """Hand the model on to plain tools.
 
@@ -262,36 +323,33 @@ class Learner:
             task: name or number of the task whose network is meant, where each task has one of its own; may be left
                 out while there is one task.
             max_rank: of a `peft` adapter; layers of a higher total rank are cut to it, at the least error.
+            variant: which weights, of `variants`. By default those that predict are merged, and a `peft` export has a
+                sub-folder for each.
 
         Returns:
             What was written, the largest difference of its logits from the learner's on a few inputs, and the error
             of each layer that was cut.
 
         Raises:
-            OptionError: unknown format or task, a task where all share one network or none where each has its own, or
-                a rank that is not positive or not for this format.
+            OptionError: unknown format, task or variant, a task where all share one network or none where each has
+                its own, or a rank that is not positive or not for this format.
             DataError: nothing was learned yet.
             UnsupportedError: the model or the method cannot be written in this form.
         """
         self._require_tasks()
-        writers = {"merged": export_merged, "peft": export_peft}
-        if format not in writers:
-            raise OptionError(f"there is no export format '{format}'; {nearest(format, writers)}")
-        options: dict[str, Any] = {}
-        if max_rank is not None:
-            if format != "peft":
-                raise OptionError(f"max_rank is for format='peft', found '{format}', which has no rank; leave it out.")
-            options["max_rank"] = max_rank
+        formats = ("merged", "peft")
+        if format not in formats:
+            raise OptionError(f"there is no export format '{format}'; {nearest(format, formats)}")
+        if max_rank is not None and format != "peft":
+            raise OptionError(f"max_rank is for format='peft', found '{format}', which has no rank; leave it out.")
+        self._check_variant(variant)
         names = [entry.name for entry in self.tasks]
         index = choose_task(self.method, names, None if task is None else self._task_index(task))
         card = self.card()
         if index is not None:
             card["tasks"] = [card["tasks"][index]]
         with network_of(self.method, index):
-            rows = self.method.head_rows()
-            labels = tuple(self.classes[c] for c in rows.classes)
-            head = ExportHead(rows.weight.numpy(), rows.bias.numpy(), labels, normalize=rows.normalize)
-            return writers[format](self.backbone, self.method.layers(), head, path, card=card, **options)
+            return self._rules.export(self.method, path, format=format, card=card, max_rank=max_rank, variant=variant)
 
     def rollback(self, to_task: int) -> tuple[TaskEntry, ...]:
         """Go back to the moment after the first `to_task` tasks; later ones move to `removed/`.
@@ -302,9 +360,9 @@ class Learner:
         Raises:
             StoreError: there are fewer tasks, or the state at that point is no longer kept.
         """
-        with LearnerStore.open(self.path, write=True) as store:
-            dropped = store.rollback(to_task)
-            self._load(store)
+        with writing(self.path, device=self._device) as store:
+            dropped = store.rollback(to_task) if store.is_writable else store.tasks[to_task:]
+        self._load(reread(store, device=self._device))
         return dropped
 
     def card(self) -> dict[str, Any]:
@@ -331,10 +389,12 @@ class Learner:
         for module in (self.backbone, *self.method.own_modules()):
             module.to(self._device)
         records = [store.read_task(entry.index).record for entry in store.tasks]
-        self._labels = [tuple(record["labels"]) for record in records]
-        self.classes = list(dict.fromkeys(label for labels in self._labels for label in labels))
-        self._label_kind = records[-1]["label_kind"] if records else None
-        self._columns = Columns.from_mapping(header["columns"])
+        self._rules: Scenario[Any, Any] = make_scenario(
+            self.scenario, backbone=self.backbone, columns=header["columns"]
+        )
+        self._rules.restore(records)
+        if isinstance(self._rules, LanguageScenario):
+            self._rules.max_new_tokens = self.settings.learner.max_new_tokens
         self._kept: dict[int, Examples | None] = {}
         self._store, self._stale = store, False
 
@@ -354,15 +414,12 @@ class Learner:
     ) -> TaskResult:
         index = len(store.tasks)
         known = set(self.classes)
-        labels = examples.classes
-        self._label_kind = self._label_kind or examples.label_kind
-        self.classes += [label for label in labels if label not in known]
-        self._labels.append(labels)
-        numbers = {label: number for number, label in enumerate(self.classes)}
-        info = TaskInfo(index, name, tuple(numbers[label] for label in labels), len(examples))
-        data = TaskData.of(self.backbone, examples, numbers)
-        held = None if kept is None else TaskData.of(self.backbone, kept, numbers)
-        report = TaskTrainer(self.backbone, self.method, settings.training, progress=progress).learn(info, data, held)
+        labels = self._rules.add_task(examples)
+        classes = tuple(self.classes.index(label) for label in labels)
+        data = self._rules.encode(examples)
+        held = self._rules.encode(kept) if kept is not None and len(kept) else None
+        info = TaskInfo(index, name, classes, len(data))
+        report = self._trainer(progress, settings).learn(info, data, held)
         self._kept[index] = kept
         metrics, evaluation = self._follow(index, name, progress)
         result = TaskResult(
@@ -371,89 +428,33 @@ class Learner:
             labels=labels,
             new_labels=tuple(label for label in labels if label not in known),
             known_labels=tuple(label for label in labels if label in known),
-            num_examples=len(examples),
+            num_examples=len(data),
             num_validation=0 if kept is None else len(kept),
             seconds=report.seconds["total"],
             steps=report.steps,
             metrics=metrics,
             num_truncated=int(getattr(data.encoded, "num_truncated", 0)),
         )
-        self._write(store, settings, result, examples, report, evaluation)
+        if is_writer(store, device=self._device):
+            outcome = {"evaluation": evaluation, "data_sha256": examples.fingerprint, "label_kind": examples.label_kind}
+            write_task(store, self.method, settings, result, report, kept=kept, outcome=outcome)
         return result
 
     def _follow(
         self, index: int, name: str, progress: Progress | None
-    ) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
-        """Accuracy on the kept rows of every task so far."""
-        evaluator = self._evaluator(progress)
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Figures on the kept rows of every task so far, and what they are made of."""
+        trainer = self._trainer(progress)
         metrics, evaluation = {}, {}
         names = [entry.name for entry in self.tasks] + [name]
-        for task in range(index + 1):
-            rows = self._kept_rows(task)
-            if rows is not None and len(rows):
-                counts = self._count(evaluator, task, rows)
-                metrics[names[task]] = counts.accuracy
-                evaluation[str(task)] = {"correct": counts.correct, "size": counts.size}
+        with self._predicting(None):
+            for task in range(index + 1):
+                rows = self._kept_rows(task)
+                if rows is not None and len(rows):
+                    score = self._score(trainer, task, rows)
+                    metrics[names[task]] = self._rules.figure(score)
+                    evaluation[str(task)] = self._rules.plain(score)
         return metrics, evaluation
-
-    def _write(
-        self,
-        store: LearnerStore,
-        settings: Settings,
-        result: TaskResult,
-        examples: Examples,
-        report: TrainingReport,
-        evaluation: Mapping[str, Mapping[str, int]],
-    ) -> None:
-        files = split_state(self.method.state(), result.index)
-        kept = self._kept.get(result.index)
-        if kept is not None:
-            files.arrays[KEPT_FILE] = pack_rows(kept)
-        outcome = {"values": files.values, "evaluation": evaluation, "panels": self.method.panels()}
-        training = settings.as_parts()["training"]
-        record = {**task_record(result, examples, training), **outcome, **cost_record(report, self.method)}
-        record["environment"] = {"device": str(self.backbone.device), "threads": torch.get_num_threads()}
-        store.write_task(
-            result.name,
-            record=record,
-            arrays=files.arrays,
-            documents=files.documents,
-            state_arrays=files.state_arrays,
-            state_values=files.state_values,
-            log=report.log,
-        )
-
-    def _examples(self, dataset: Any, columns: Mapping[str, str | None] | None = None) -> Examples:
-        named = {**self._store.header["columns"], **{key: value for key, value in (columns or {}).items() if value}}
-        examples = load_examples(
-            dataset,
-            columns=Columns.from_mapping(named),
-            modality=self.backbone.modality,
-            image_size=self.backbone.image_size,
-        )
-        if self._label_kind not in (None, examples.label_kind) and not set(examples.classes) <= set(self.classes):
-            raise DataError(
-                f"the labels of this data are of kind '{examples.label_kind}' (such as '{examples.classes[0]}'), those "
-                f"learned before of kind '{self._label_kind}' (such as '{self.classes[0]}'); use one naming for all."
-            )
-        return examples
-
-    def _inputs(self, inputs: Any) -> Examples:
-        options: dict[str, Any] = {
-            "modality": self.backbone.modality,
-            "require_labels": False,
-            "image_size": self.backbone.image_size,
-        }
-        if isinstance(inputs, Examples):
-            return inputs
-        if isinstance(inputs, str | Path) or not isinstance(inputs, Sequence):
-            inputs = [inputs]
-        if inputs and isinstance(inputs[0], Mapping):
-            return load_examples(list(inputs), columns=self._columns, **options)
-        column = self.backbone.modality
-        return load_examples(
-            [{column: item} for item in inputs], columns=Columns.from_mapping({column: column}), **options
-        )
 
     def _kept_rows(self, index: int) -> Examples | None:
         if index not in self._kept:
@@ -461,19 +462,22 @@ class Learner:
             self._kept[index] = unpack_rows(task.arrays(KEPT_FILE)) if KEPT_FILE in task.files else None
         return self._kept[index]
 
-    def _count(self, evaluator: Evaluator, index: int, rows: Examples) -> Counts:
-        learned = index < len(self._labels) and self.trains_on == "task"
-        return evaluator.count(
-            rows,
-            self._labels[index] if learned else rows.classes,
-            self._labels,
-            task=index if learned else None,
-            given=self.scenario == "task_incremental",
-        )
+    def _score(self, trainer: TaskTrainer, index: int, rows: Examples) -> Counts | LanguageScore:
+        learned = index < len(self._rules.labels) and self.trains_on == "task"
+        score: Counts | LanguageScore = self._rules.score(trainer, rows, index if learned else None)
+        return score
 
-    def _evaluator(self, progress: Progress | None = None) -> Evaluator:
-        trainer = TaskTrainer(self.backbone, self.method, self.settings.training, progress=progress)
-        return Evaluator(trainer, self.classes)
+    def _trainer(self, progress: Progress | None = None, settings: Settings | None = None) -> TaskTrainer:
+        return TaskTrainer(self.backbone, self.method, (settings or self.settings).training, progress=progress)
+
+    def _predicting(self, variant: str | None) -> AbstractContextManager[None]:
+        self._check_variant(variant)
+        return self.method.predicting(variant)
+
+    def _check_variant(self, variant: str | None) -> None:
+        if variant is not None and variant not in self.variants:
+            known = nearest(variant, self.variants) if self.variants else "it has none; leave variant out."
+            raise OptionError(f"the learner has no variant '{variant}'; {known}")
 
     def _task_index(self, task: str | int | None) -> int | None:
         names = [entry.name for entry in self.tasks]

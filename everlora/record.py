@@ -13,14 +13,17 @@ import torch
 import everlora
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
 from everlora.errors import ModelError, OptionError
+from everlora.kept_rows import KEPT_FILE, pack_rows
 from everlora.methods.base import Method
 from everlora.results import TaskResult
 from everlora.scenarios import kind_of_model
 from everlora.settings import Settings
+from everlora.snapshot import split_state
+from everlora.store import LearnerStore
 from everlora.streams import Examples
 from everlora.training import TrainingReport
 
-__all__ = ["cost_record", "load_base", "provenance", "task_name", "task_record"]
+__all__ = ["load_base", "provenance", "task_name", "write_task"]
 
 
 def provenance() -> dict[str, Any]:
@@ -29,25 +32,63 @@ def provenance() -> dict[str, Any]:
     return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
 
 
-def task_record(result: TaskResult, examples: Examples, training: Mapping[str, Any]) -> dict[str, Any]:
-    """Labels, sizes, data fingerprint and training options of one task, as plain values."""
-    return {
+def write_task(
+    store: LearnerStore,
+    method: Method,
+    settings: Settings,
+    result: TaskResult,
+    report: TrainingReport,
+    *,
+    kept: Examples | None,
+    outcome: Mapping[str, Any],
+) -> None:
+    """Write a learned task and what the method carries on to a learner directory.
+
+    Args:
+        store: open for writing.
+        method: as it is after the task.
+        settings: the task was learned with.
+        result: what was learned.
+        report: what it cost.
+        kept: rows held back from the task.
+        outcome: further plain values for the task's record.
+    """
+    files = split_state(method.state(), result.index)
+    if kept is not None:
+        files.arrays[KEPT_FILE] = pack_rows(kept)
+    device = next(method.encoder.model.parameters()).device
+    record = {
         "labels": list(result.labels),
         "new_labels": list(result.new_labels),
         "known_labels": list(result.known_labels),
-        "label_kind": examples.label_kind,
         "num_examples": result.num_examples,
         "num_validation": result.num_validation,
         "num_truncated": result.num_truncated,
-        "data_sha256": examples.fingerprint,
-        "training": dict(training),
+        "training": settings.as_parts()["training"],
+        "values": files.values,
+        "panels": method.panels(),
+        "cost": _cost(report, method),
+        "environment": {
+            "device": str(next(method.encoder.model.parameters()).device),
+            "threads": torch.get_num_threads(),
+        },
+        **outcome,
         **provenance(),
     }
+    store.write_task(
+        result.name,
+        record=record,
+        arrays=files.arrays,
+        documents=files.documents,
+        state_arrays=files.state_arrays,
+        state_values=files.state_values,
+        log=report.log,
+    )
 
 
-def cost_record(report: TrainingReport, method: Method) -> dict[str, Any]:
+def _cost(report: TrainingReport, method: Method) -> dict[str, Any]:
     """Seconds, steps, memory and parameters of one task."""
-    cost = {
+    return {
         "seconds": report.seconds,
         "steps": report.steps,
         "peak_memory_bytes": report.peak_memory_bytes,
@@ -56,7 +97,6 @@ def cost_record(report: TrainingReport, method: Method) -> dict[str, Any]:
         "step_seconds": report.step_seconds,
         "curve": report.curve,
     }
-    return {"cost": cost}
 
 
 def task_name(name: str | None, dataset: Any, taken: Sequence[str]) -> str:

@@ -26,7 +26,8 @@ def read_status(path: str | Path) -> dict[str, Any]:
           `num_truncated`, `created`;
         - `seconds`, `steps`, `peak_memory_bytes`, `trainable_parameters`, `stored_parameters`: its cost;
         - `accuracy_when_learned`, `accuracy_now`, `change` (their difference): fractions on the rows kept back from
-          the task, None where none were kept; `validation_size` is the number of these rows.
+          the task, None where none were kept; `validation_size` is the number of these rows;
+        - `cross_entropy_when_learned`, `cross_entropy_now`: nats a token of a language model on such rows, else None.
 
         What a learner did not write is None or empty. `accuracy_now` and `accuracy_when_learned` of the whole are the
         means over the tasks that have them, and `change` the mean over all but the newest.
@@ -64,8 +65,8 @@ def _describe(task: TaskData, latest: Mapping[str, Any]) -> dict[str, Any]:
     record, entry = task.record, task.entry
     cost = _mapping(record.get("cost"))
     key = str(entry.index)
-    then = _accuracy(_mapping(record.get("evaluation")).get(key))
-    now = _accuracy(latest.get(key))
+    first, last = _mapping(record.get("evaluation")).get(key), latest.get(key)
+    then, now = _ratio(first, "correct", "size"), _ratio(last, "correct", "size")
     return {
         "index": entry.index,
         "name": entry.name,
@@ -86,6 +87,8 @@ def _describe(task: TaskData, latest: Mapping[str, Any]) -> dict[str, Any]:
         "accuracy_when_learned": then,
         "accuracy_now": now,
         "change": None if then is None or now is None else now - then,
+        "cross_entropy_when_learned": _ratio(first, "nll", "tokens"),
+        "cross_entropy_now": _ratio(last, "nll", "tokens"),
     }
 
 
@@ -93,9 +96,9 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _accuracy(counts: object) -> float | None:
+def _ratio(counts: object, part: str, whole: str) -> float | None:
     values = _mapping(counts)
-    return float(values["correct"] / values["size"]) if values.get("size") else None
+    return float(values[part] / values[whole]) if values.get(whole) else None
 
 
 def _total(seconds: object) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,29 +29,48 @@ def status(folder: Folder, *, as_json: AsJson = False, debug: Debug = False) -> 
 def _print_status(folder: Path, report: Mapping[str, Any]) -> None:
     tasks, labels = report["tasks"], report["labels"]
     output.line(f"{folder}: {report['method']}, {report['scenario']}, model {report['model']}")
+    if report["scenario"] == "language":
+        _print_language(tasks)
+        return
     output.line(
         f"{output.count(len(tasks), 'task')}, {output.count(len(labels), 'label')}: {output.listing(labels) or '-'}"
     )
     if not tasks:
         return
-    output.table(_STATUS_COLUMNS, [_status_row(task) for task in tasks])
+    output.table((*_COLUMNS, *_CLASS_COLUMNS), [(*_common_cells(task), *_class_cells(task)) for task in tasks])
     if report["accuracy_now"] is None:
-        output.line("No rows were kept back to follow the accuracy; 'init --keep-validation N' keeps some.")
+        output.line(_NOTHING_KEPT)
     else:
         output.line(f"Mean accuracy now: {output.percent(report['accuracy_now'])} % on the rows kept back.")
 
 
-_STATUS_COLUMNS = ("task", "name", "rows", "new labels", "known labels", "time", "when learnt %", "now %", "change")
+def _print_language(tasks: Sequence[Mapping[str, Any]]) -> None:
+    output.line(f"{output.count(len(tasks), 'task')}")
+    if not tasks:
+        return
+    headings = (*_COLUMNS, "nats a token when learnt", "now")
+    keys = ("cross_entropy_when_learned", "cross_entropy_now")
+    figures = [[None if task.get(key) is None else f"{task[key]:.4f}" for key in keys] for task in tasks]
+    rows = [(*_common_cells(task), *map(_or_dash, cells)) for task, cells in zip(tasks, figures, strict=True)]
+    output.table(headings, rows)
+    if all(task.get(keys[1]) is None for task in tasks):
+        output.line(_NOTHING_KEPT)
 
 
-def _status_row(task: Mapping[str, Any]) -> tuple[str, ...]:
+_NOTHING_KEPT = "No rows were kept back to follow the tasks; 'init --keep-validation N' keeps some."
+_COLUMNS = ("task", "name", "rows", "time")
+_CLASS_COLUMNS = ("new labels", "known labels", "when learnt %", "now %", "change")
+
+
+def _common_cells(task: Mapping[str, Any]) -> tuple[str, ...]:
+    rows = _or_dash(task["num_examples"])
+    return str(task["index"] + 1), task["name"], rows, output.duration(task.get("seconds"))
+
+
+def _class_cells(task: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        str(task["index"] + 1),
-        task["name"],
-        _or_dash(task["num_examples"]),
         str(len(task["new_labels"])),
         output.listing(task["known_labels"], most=4) or "-",
-        output.duration(task.get("seconds")),
         output.percent(task.get("accuracy_when_learned")),
         output.percent(task.get("accuracy_now")),
         output.signed_percent(task.get("change")),
@@ -81,6 +100,9 @@ def export(
             "--max-rank", metavar="Q", min=1, help="Cut an adapter for PEFT to this rank; the error is shown."
         ),
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="Which weights, where a method keeps several; all for peft.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -89,7 +111,7 @@ def export(
         from everlora.learner import Learner
 
         learner = Learner.open(folder, model=model)
-        given: dict[str, Any] = {"task": task, "max_rank": max_rank}
+        given: dict[str, Any] = {"task": task, "max_rank": max_rank, "variant": variant}
         written = learner.export(target, format=layout, **{k: v for k, v in given.items() if v is not None})
     if as_json:
         output.emit_json({"format": layout, **output.plain(written)})

@@ -66,7 +66,7 @@ class PeftAdapter:
         return {name: tensor.contiguous() for name, tensor in named.items()}
 
     def config(
-        self, model: nn.Module, saved: Sequence[str], *, base: str, base_class: tuple[str, str] | None
+        self, model: nn.Module, saved: Sequence[str], *, base: str, base_class: tuple[str, str] | str | None
     ) -> dict[str, Any]:
         """Content of `adapter_config.json`.
 
@@ -74,11 +74,12 @@ class PeftAdapter:
             model: as in `tensors`.
             saved: likewise.
             base: where the base model is loaded from.
-            base_class: name and module of its class, where that can load it.
+            base_class: how its class is found, see `everlora.peft_format.lora_config`.
         """
         wholes = [model.get_submodule(name) for name in self.pairs]
         ranks = {name: len(pair.down) for name, pair in self.pairs.items()}
-        alphas = {name: pair.scale * ranks[name] for name, pair in self.pairs.items()}
+        # Rounded, since `alpha / rank * rank` need not be `alpha`, and some tools want an integer.
+        alphas = {name: round(pair.scale * ranks[name], 9) for name, pair in self.pairs.items()}
         return lora_config(
             ranks,
             base_model=base,
@@ -94,8 +95,9 @@ def collect_factors(model: nn.Module, layers: Mapping[str, AdaptedLayer], max_ra
     """Take the factors of adapted layers, one pair each.
 
     The factors of all blocks stand side by side, each block's scale taken into its up-projection; a layer with but one
-    block keeps its scale for PEFT's `lora_alpha`. A total rank above that of a full matrix is brought down to it
-    without error, and one above `max_rank` at the least error.
+    block keeps its scale for PEFT's `lora_alpha`, unless layers differ in it, since not every tool reads more than one.
+    A total rank above that of a full matrix is brought down to it without error, and one above `max_rank` at the least
+    error.
 
     Args:
         model: the live network.
@@ -128,7 +130,7 @@ def collect_factors(model: nn.Module, layers: Mapping[str, AdaptedLayer], max_ra
             pairs[name] = _Pair(cut.down.float().contiguous(), cut.up.float().contiguous(), pair.scale)
             if limit < full:
                 errors[name] = compressed.error_rel
-    return PeftAdapter(pairs, errors)
+    return PeftAdapter(_evenly_scaled(pairs), errors)
 
 
 def changed_modules(
@@ -172,6 +174,13 @@ def _pair_of(model: nn.Module, name: str, layer: AdaptedLayer) -> _Pair:
         return _Pair(_plain(layer.down), _plain(layer.up), layer.scale)
     down, up = layer.factors()
     return _Pair(_plain(down), _plain(up))
+
+
+def _evenly_scaled(pairs: Mapping[str, _Pair]) -> Mapping[str, _Pair]:
+    """Take scales that differ into the up-projections."""
+    if len({pair.scale for pair in pairs.values()}) == 1:
+        return pairs
+    return {name: _Pair(pair.down, pair.up * pair.scale) for name, pair in pairs.items()}
 
 
 def _plain(factor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def write_card(
     Returns:
         Markdown.
     """
-    parts = [_front_matter(layout), f"# {card.get('name') or 'A model taught in tasks'}", _summary(layout)]
+    parts = [_front_matter(layout), f"# {card.get('name') or 'A model taught in tasks'}", layout.summary()]
     parts += [_facts(layout, card, max_difference)]
     if truncation:
         parts += [
@@ -45,26 +44,19 @@ def write_card(
     if pipeline is not None:
         parts += ["The same through a pipeline, which turns the logits into probabilities:"]
         parts += [f"```python\n{pipeline}\n```"]
-    parts += ["## Labels", _labels(layout.head.classes), *_tasks(card.get("tasks") or ())]
+    parts += [*layout.sections(), *_tasks(card.get("tasks") or ())]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(layout: Layout) -> str:
     library = layout.library if layout.base is None else "peft"
-    task = "image-classification" if layout.backbone.modality == "image" else "text-classification"
     tags = "\n".join(["tags:", "- everlora", "- continual-learning"])
-    return f"---\nlibrary_name: {library}\npipeline_tag: {task}\n{tags}\n---"
-
-
-def _summary(layout: Layout) -> str:
-    if layout.base is not None:
-        return "A LoRA adapter for PEFT, with its classifier beside it in `head.safetensors` and `head.json`."
-    return layout.summary()
+    return f"---\nlibrary_name: {library}\npipeline_tag: {layout.pipeline_tag}\n{tags}\n---"
 
 
 def _facts(layout: Layout, card: Mapping[str, Any], max_difference: float | None) -> str:
     rows = [(title, card[key]) for title, key in _FACTS if card.get(key) is not None]
-    rows += [("Pooling", layout.backbone.pooling), ("Classes", len(layout.head.classes))]
+    rows += layout.facts()
     rows += [("Made with", f"everlora {everlora.__version__}, {layout.made_with}")]
     if max_difference is not None:
         rows += [("Largest difference of a logit from the learner's, on a probe batch", f"{max_difference:.2g}")]
@@ -75,17 +67,16 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def _labels(labels: Sequence[str]) -> str:
-    # As JSON strings, so that no label can break out of the block or span lines.
-    return "\n".join(
-        ["```text", *(json.dumps(label, ensure_ascii=False).replace("`", "\\u0060") for label in labels), "```"]
-    )
-
-
 def _tasks(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     if not tasks:
         return []
-    rows = [
-        f"| {i + 1} | {_cell(task.get('name', ''))} | {len(task.get('labels', ()))} |" for i, task in enumerate(tasks)
-    ]
-    return ["## Tasks, in the order they were learned", "\n".join(["| | Task | Labels |", "|---|---|---|", *rows])]
+    title = "## Tasks, in the order they were learned"
+    names = [_cell(task.get("name", "")) for task in tasks]
+    counts = [len(task.get("labels") or ()) for task in tasks]
+    if not any(counts):
+        return [
+            title,
+            "\n".join(["| | Task |", "|---|---|", *(f"| {i + 1} | {name} |" for i, name in enumerate(names))]),
+        ]
+    rows = [f"| {i + 1} | {name} | {count} |" for i, (name, count) in enumerate(zip(names, counts, strict=True))]
+    return [title, "\n".join(["| | Task | Labels |", "|---|---|---|", *rows])]

@@ -17,7 +17,7 @@ from everlora.backbones.cifar_resnet import CifarResNet, CifarResNetBackbone, lo
 from everlora.backbones.images import ImageInputs, ImageTransform
 from everlora.export.folder import write_json
 from everlora.export.head import ExportHead
-from everlora.export.layout import Layout, load_fitting, row_lines
+from everlora.export.layout import ClassifierLayout, load_fitting, row_lines
 
 __all__ = ["CifarResNetLayout"]
 
@@ -27,7 +27,7 @@ _COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
-class CifarResNetLayout(Layout):
+class CifarResNetLayout(ClassifierLayout):
     """A residual network whose tensors bear the names they have in its published files; see `Layout`.
 
     Attributes:
@@ -70,7 +70,7 @@ class CifarResNetLayout(Layout):
         """The library and its version."""
         return f"torch {torch.__version__.split('+')[0]}"
 
-    def summary(self) -> str:
+    def merged_summary(self) -> str:
         """One sentence on what a merged model is."""
         name = f"A plain residual network of {self._depth} layers, whose code lies beside it in `{_CODE_FILE}`"
         if self.has_classifier:
@@ -101,7 +101,7 @@ class CifarResNetLayout(Layout):
         tensors = {name: value.contiguous() for name, value in model.state_dict().items() if _COUNTER not in name}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def write_inputs(self, folder: Path) -> None:
+    def write_reader(self, folder: Path) -> None:
         """Write the network's code, the labels, and how pixels are normalised."""
         source = Path(cifar_network.__file__).read_text(encoding="utf-8")
         (folder / _CODE_FILE).write_text(source, encoding="utf-8")

@@ -18,7 +18,7 @@ from everlora.backbones.pooling import pool
 from everlora.export.classifiers import build_classifier, build_encoder, classifier_for, takes_pooler
 from everlora.export.folder import write_json
 from everlora.export.head import ExportHead
-from everlora.export.layout import Layout
+from everlora.export.layout import ClassifierLayout
 from everlora.export.snippet import Snippet
 
 __all__ = ["HuggingFaceLayout"]
@@ -27,7 +27,7 @@ _BATCH_KEYS = ("pixel_values", "input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
-class HuggingFaceLayout(Layout):
+class HuggingFaceLayout(ClassifierLayout):
     """A model of transformers; see `Layout`.
 
     Attributes:
@@ -87,7 +87,7 @@ class HuggingFaceLayout(Layout):
         """The major version, between which names of layers differ."""
         return f"transformers {transformers.__version__.split('.')[0]}"
 
-    def summary(self) -> str:
+    def merged_summary(self) -> str:
         """One sentence on what a merged model is."""
         if self.has_classifier:
             return f"Encoder and classifier in one `{self.model_class}`, the adapters merged into the weights."
@@ -115,7 +115,7 @@ class HuggingFaceLayout(Layout):
         build = build_classifier if self.has_classifier else build_encoder
         build(self.encoder, self.head, state).save_pretrained(folder)
 
-    def write_inputs(self, folder: Path) -> None:
+    def write_reader(self, folder: Path) -> None:
         """Write the image processor or the tokenizer."""
         inputs = self.encoder.inputs
         if isinstance(inputs, ImageInputs):

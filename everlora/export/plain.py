@@ -32,7 +32,12 @@ def _state(model: nn.Module, *, adapters: bool) -> dict[str, Tensor]:
     for name, module in modules.items():
         if not isinstance(module, LowRankLayer | FusedProjection | OwnedLayer) or name.rpartition(".")[0] in fused:
             continue
+        inner = f"{name}.base."
+        base = {f"{name}.{key.removeprefix(inner)}": value for key, value in state.items() if key.startswith(inner)}
         state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+        if isinstance(module, LowRankLayer) and not adapters:
+            state |= base  # with what a quantised weight has beside it
+            continue
         summed = adapters and not isinstance(module, OwnedLayer)
         state[f"{name}.weight"] = _sum(module) if summed else module.weight
         if module.bias is not None:

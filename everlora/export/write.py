@@ -8,35 +8,41 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor
 
 import everlora
 from everlora.backbones.base import Backbone
 from everlora.backbones.cifar_resnet import CifarResNetBackbone
 from everlora.backbones.huggingface import HuggingFaceBackbone, quiet_transformers
-from everlora.errors import ModelError, ShapeError, UnsupportedError
-from everlora.export.adapter import changed_modules, collect_factors
+from everlora.errors import ModelError, UnsupportedError
+from everlora.export.adapter import PeftAdapter, changed_modules, collect_factors
 from everlora.export.card import write_card
 from everlora.export.cifar_resnet import CifarResNetLayout
 from everlora.export.folder import new_folder, write_json
 from everlora.export.head import ExportHead
 from everlora.export.huggingface import HuggingFaceLayout
-from everlora.export.layout import Layout
+from everlora.export.layout import ClassifierLayout, Layout
 from everlora.export.plain import merged_state
 from everlora.lowrank import AdaptedLayer
 from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-__all__ = ["EXPORT_INFO", "ExportReport", "base_location", "export_merged", "export_peft"]
+__all__ = [
+    "EXPORT_INFO",
+    "ExportReport",
+    "base_location",
+    "export_merged",
+    "export_peft",
+    "require_attached",
+    "write_adapter",
+    "write_merged",
+    "write_notes",
+]
 
 logger = logging.getLogger("everlora.export")
 
 EXPORT_INFO = "export.json"
-# Largest relative difference of a logit that rounding explains; beyond it the export is refused.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,7 @@ def export_merged(
         ModelError: the written model does not give the learner's logits.
         ShapeError: the head does not fit the features.
     """
-    layout = _layout(backbone, head)
-    _check(backbone, layers, head)
-    with new_folder(folder) as unfinished, quiet_transformers():
-        layout.write_model(unfinished, merged_state(backbone.model))
-        difference = _finish(layout, unfinished, card, probe, model=layout.load(unfinished))
-    return ExportReport(Path(folder), layout.model_class, layout.has_classifier, difference)
+    return write_merged(_layout(backbone, head), layers, folder, card=card, probe=probe)
 
 
 def export_peft(
@@ -115,23 +116,64 @@ def export_peft(
         UnsupportedError: no layer has a low-rank block, or the base's own weights under one were trained.
         OptionError: `max_rank` is not a positive integer.
     """
-    base = base_location(backbone)
-    layout = _layout(backbone, head, base)
-    _check(backbone, layers, head)
+    layout = _layout(backbone, head, base_location(backbone))
+    require_attached(backbone, layers)
+    layout.check()
     adapter = collect_factors(backbone.model, layers, max_rank)
     with new_folder(folder) as unfinished, quiet_transformers():
-        plain = layout.load(backbone.folder)
-        saved = changed_modules(backbone.model, plain.state_dict(), adapter, unread=layout.unread)
-        tensors = adapter.tensors(backbone.model, saved)
-        save_file(tensors, unfinished / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = adapter.config(backbone.model, saved, base=base, base_class=layout.base_class)
-        write_json(unfinished / ADAPTER_CONFIG, config)
-        # Heavy, and needed by this kind of export only.
-        from peft import PeftModel
+        layout.write_inputs(unfinished)
+        difference = write_adapter(layout, adapter, unfinished, probe)
+        write_notes(layout, unfinished, card, max_difference=difference, truncation=adapter.truncation)
+    return ExportReport(Path(folder), layout.model_class, layout.has_classifier, difference, adapter.truncation)
 
-        model = PeftModel.from_pretrained(plain, str(unfinished))
-        difference = _finish(layout, unfinished, card, probe, model=model, truncation=adapter.truncation)
-    return ExportReport(Path(folder), layout.model_class, False, difference, adapter.truncation)
+
+def write_merged(
+    layout: Layout,
+    layers: Mapping[str, AdaptedLayer],
+    folder: str | Path,
+    *,
+    card: Mapping[str, Any],
+    probe: Any = None,
+) -> ExportReport:
+    """Write the network as it is in place as one plain model; arguments and errors are those of `export_merged`."""
+    require_attached(layout.backbone, layers)
+    layout.check()
+    with new_folder(folder) as unfinished, quiet_transformers():
+        layout.write_model(unfinished, merged_state(layout.backbone.model))
+        layout.write_inputs(unfinished)
+        difference = _compare(layout, layout.load(unfinished), probe, exact=True)
+        write_notes(layout, unfinished, card, max_difference=difference)
+    return ExportReport(Path(folder), layout.model_class, layout.has_classifier, difference)
+
+
+def write_adapter(layout: Layout, adapter: PeftAdapter, folder: Path, probe: Any = None) -> float:
+    """Write PEFT's two files, and compare what plain PEFT loads from them with the network in place.
+
+    Args:
+        layout: of the network.
+        adapter: of the same network.
+        folder: exists.
+        probe: as in `export_merged`.
+
+    Returns:
+        The largest difference of a logit.
+
+    Raises:
+        ModelError: it is more than rounding explains, though nothing was cut.
+        UnsupportedError: the base's own weights under a layer were trained.
+    """
+    assert layout.base is not None
+    model = layout.backbone.model
+    plain = layout.load(layout.backbone.folder)
+    saved = changed_modules(model, plain.state_dict(), adapter, unread=layout.unread)
+    layout.check_saved(saved)
+    config = adapter.config(model, saved, base=layout.base, base_class=layout.base_class)
+    save_file(adapter.tensors(model, saved), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / ADAPTER_CONFIG, config)
+    # Heavy, and needed by this kind of export only.
+    from peft import PeftModel
+
+    return _compare(layout, PeftModel.from_pretrained(plain, str(folder)), probe, exact=not adapter.truncation)
 
 
 def base_location(backbone: Backbone) -> str:
@@ -141,7 +183,58 @@ def base_location(backbone: Backbone) -> str:
     return source if is_hub_id else str(backbone.folder.resolve())
 
 
-def _layout(backbone: Backbone, head: ExportHead, base: str | None = None) -> Layout:
+def require_attached(backbone: Backbone, layers: Mapping[str, AdaptedLayer]) -> None:
+    """Check that adapted layers are in their places.
+
+    Raises:
+        ModelError: one is not.
+    """
+    attached = dict(backbone.model.named_modules(remove_duplicate=False))
+    absent = sorted(name for name, layer in layers.items() if attached.get(name) is not layer)
+    if absent:
+        raise ModelError(f"expected layer {absent[0]} in the model, found it detached; export while it is attached")
+
+
+def write_notes(
+    layout: Layout,
+    folder: Path,
+    card: Mapping[str, Any],
+    *,
+    max_difference: float,
+    truncation: Mapping[str, float] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `README.md` and `export.json`.
+
+    Args:
+        layout: of what was written.
+        folder: of the export.
+        card: see `everlora.export.card.write_card`.
+        max_difference: largest difference of a logit from the learner's on the probe batch.
+        truncation: relative error of each layer's update whose rank was cut.
+        more: further entries of `export.json`.
+    """
+    logger.info("export to %s differs from the learner by at most %.2g in a logit", folder, max_difference)
+    (folder / "README.md").write_text(
+        write_card(layout, card, max_difference=max_difference, truncation=truncation), encoding="utf-8"
+    )
+    write_json(
+        folder / EXPORT_INFO,
+        {
+            "format": 1,
+            "kind": "merged" if layout.base is None else "peft",
+            "model_class": layout.model_class,
+            "has_classifier": layout.has_classifier,
+            "max_logit_difference": max_difference,
+            "truncation": dict(truncation or {}),
+            "everlora": everlora.__version__,
+            "transformers": transformers.__version__,
+            **(more or {}),
+        },
+    )
+
+
+def _layout(backbone: Backbone, head: ExportHead, base: str | None = None) -> ClassifierLayout:
     if isinstance(backbone, HuggingFaceBackbone):
         return HuggingFaceLayout(backbone, head, base)
     if isinstance(backbone, CifarResNetBackbone):
@@ -152,77 +245,23 @@ def _layout(backbone: Backbone, head: ExportHead, base: str | None = None) -> La
     )
 
 
-def _check(backbone: Backbone, layers: Mapping[str, AdaptedLayer], head: ExportHead) -> None:
-    if head.weight.shape[1] != backbone.feature_dim:
-        raise ShapeError(
-            f"expected a head for {backbone.feature_dim} features, found one for {head.weight.shape[1]}; "
-            "pass the head that was trained on this model"
-        )
-    attached = dict(backbone.model.named_modules(remove_duplicate=False))
-    absent = sorted(name for name, layer in layers.items() if attached.get(name) is not layer)
-    if absent:
-        raise ModelError(f"expected layer {absent[0]} in the model, found it detached; export while it is attached")
-
-
-def _finish(
-    layout: Layout,
-    folder: Path,
-    card: Mapping[str, Any],
-    probe: Any,
-    *,
-    model: Any,
-    truncation: Mapping[str, float] | None = None,
-) -> float:
-    """Add inputs, head, README and export.json to a folder, and compare what it loads to, `model`, with the learner."""
-    layout.write_inputs(folder)
-    if not layout.has_classifier:
-        layout.head.save(folder)
-    difference = _compare(layout, model, _default_probe(layout) if probe is None else probe, exact=not truncation)
-    logger.info("export to %s differs from the learner by at most %.2g in a logit", folder, difference)
-    (folder / "README.md").write_text(
-        write_card(layout, card, max_difference=difference, truncation=truncation), encoding="utf-8"
-    )
-    write_json(
-        folder / EXPORT_INFO,
-        {
-            "format": 1,
-            "kind": "merged" if layout.base is None else "peft",
-            "model_class": layout.model_class,
-            "has_classifier": layout.has_classifier,
-            "max_logit_difference": difference,
-            "truncation": dict(truncation or {}),
-            "everlora": everlora.__version__,
-            "transformers": transformers.__version__,
-        },
-    )
-    return difference
-
-
-def _default_probe(layout: Layout) -> Any:
-    if layout.backbone.modality == "text":
-        return ["a", "where is my parcel?", *layout.head.classes[:6]]
-    size = layout.backbone.image_size or 64
-    return np.random.default_rng(0).integers(0, 256, (4, size, size, 3), dtype=np.uint8)
-
-
 def _compare(layout: Layout, model: Any, probe: Any, *, exact: bool) -> float:
     """Largest difference between the learner's logits and those of the written model, on the same pixels or tokens."""
     backbone = layout.backbone
-    encoded = backbone.encode(probe)
-    batch = backbone.collate(encoded, np.arange(len(encoded)))
+    batch = layout.probe(probe)
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.eval()
     # On the learner's own device: between devices float32 convolutions may differ by more than rounding.
     model.to(backbone.device).eval()
     try:
         with torch.no_grad():
-            expected = layout.head.logits(backbone.features(batch)).cpu()
-            found: Tensor = layout.logits(model, batch).cpu()
+            expected = layout.expected(batch).cpu()
+            found = layout.logits(model, batch).cpu()
     finally:
         for module, training in modes:
             module.training = training
     difference = float((expected - found).abs().max())
-    allowed = _TOLERANCE[layout.dtype] * max(1.0, float(expected.abs().max()))
+    allowed = layout.tolerance * max(1.0, float(expected.abs().max()))
     if exact and not difference <= allowed:
         raise ModelError(
             f"expected the export to give the learner's logits, found a difference of {difference:.3g} where rounding "

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from everlora.backbones import Backbone
+from everlora.errors import UnsupportedError
+from everlora.export import ExportReport
+from everlora.methods import MethodSpec
+from everlora.methods.base import Method
 from everlora.results import Counts, Evaluation, LanguageEvaluation, LanguageScore, Prediction
 from everlora.streams import Examples
 from everlora.training import TaskData, TaskTrainer
 
 __all__ = ["Scenario"]
+
+_MODELS = {"image": "models of images", "text": "encoders of texts", "language": "causal language models"}
 
 Score = TypeVar("Score", Counts, LanguageScore)
 Result = TypeVar("Result", Evaluation, LanguageEvaluation)
@@ -37,6 +44,15 @@ class Scenario(ABC, Generic[Score, Result]):
         self.columns = dict(columns)
         self.classes: list[str] = []
         self.labels: list[tuple[str, ...]] = []
+
+    def check_method(self, spec: MethodSpec) -> None:
+        """Refuse a method that cannot train a model of this kind (UnsupportedError)."""
+        suits, found = spec.method_class.suits, self.backbone.modality
+        if found not in suits:
+            raise UnsupportedError(
+                f"method '{spec.name}' is for {' and '.join(_MODELS[one] for one in sorted(suits))}, not for "
+                f"{_MODELS[found]}; choose another of `everlora methods`, or another scenario"
+            )
 
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Take account of the tasks learned so far, from what was recorded of them."""
@@ -95,3 +111,16 @@ class Scenario(ABC, Generic[Score, Result]):
     @abstractmethod
     def plain(score: Score) -> dict[str, float]:
         """What a task's record keeps of a score."""
+
+    @abstractmethod
+    def export(
+        self,
+        method: Method,
+        path: str | Path,
+        *,
+        format: str,
+        card: Mapping[str, Any],
+        max_rank: int | None,
+        variant: str | None,
+    ) -> ExportReport:
+        """Write the network in place for plain tools, see `Learner.export`."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from everlora.errors import DataError
 from everlora.evaluation import Evaluator
+from everlora.export import ExportHead, ExportReport, export_merged, export_peft
+from everlora.methods.base import Method
 from everlora.results import Counts, Evaluation, Prediction
 from everlora.scenarios.base import Scenario
 from everlora.streams import Columns, Examples, hold_out, load_examples
@@ -95,6 +97,25 @@ class ClassScenario(Scenario[Counts, Evaluation]):
     def plain(score: Counts) -> dict[str, float]:
         """Correct rows and rows."""
         return {"correct": score.correct, "size": score.size}
+
+    def export(
+        self,
+        method: Method,
+        path: str | Path,
+        *,
+        format: str,
+        card: Mapping[str, Any],
+        max_rank: int | None,
+        variant: str | None,
+    ) -> ExportReport:
+        """Write the network in place with its classifier."""
+        rows = method.head_rows()
+        labels = tuple(self.classes[c] for c in rows.classes)
+        head = ExportHead(rows.weight.numpy(), rows.bias.numpy(), labels, normalize=rows.normalize)
+        with method.predicting(variant):
+            if format == "merged":
+                return export_merged(self.backbone, method.layers(), head, path, card=card)
+            return export_peft(self.backbone, method.layers(), head, path, card=card, max_rank=max_rank)
 
     def _options(self) -> dict[str, Any]:
         return {"modality": self.backbone.modality, "image_size": self.backbone.image_size}

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from everlora.backbones.causal_lm import CausalLMBackbone
 from everlora.errors import DataError, OptionError
+from everlora.export import ExportReport, export_language
 from everlora.language import LanguageEvaluator
+from everlora.methods.base import Method
 from everlora.results import LanguageEvaluation, LanguageScore, Prediction
 from everlora.scenarios.base import Scenario
 from everlora.streams import Examples, check_dialogue_columns, hold_out_rows, load_dialogues
@@ -84,6 +87,22 @@ class LanguageScenario(Scenario[LanguageScore, LanguageEvaluation]):
     def plain(score: LanguageScore) -> dict[str, float]:
         """What the cross-entropy is made of."""
         return {"nll": score.nll, "tokens": score.tokens, "num_bytes": score.num_bytes}
+
+    def export(
+        self,
+        method: Method,
+        path: str | Path,
+        *,
+        format: str,
+        card: Mapping[str, Any],
+        max_rank: int | None,
+        variant: str | None,
+    ) -> ExportReport:
+        """Write the model, or its adapters, with the tokenizer."""
+        assert isinstance(self.backbone, CausalLMBackbone)
+        return export_language(
+            method, self.backbone, path, format=format, card=card, variant=variant, max_rank=max_rank
+        )
 
     def _evaluator(self, trainer: TaskTrainer) -> LanguageEvaluator:
         return LanguageEvaluator(trainer, max_new_tokens=self.max_new_tokens)

@@ -3,5 +3,15 @@
 from everlora.training.data import TaskData
 from everlora.training.loop import Progress, TaskTrainer, TrainingReport
 from everlora.training.options import TrainingOptions
+from everlora.training.processes import Processes, device_of_process, processes
 
-__all__ = ["Progress", "TaskData", "TaskTrainer", "TrainingOptions", "TrainingReport"]
+__all__ = [
+    "Processes",
+    "Progress",
+    "TaskData",
+    "TaskTrainer",
+    "TrainingOptions",
+    "TrainingReport",
+    "device_of_process",
+    "processes",
+]

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from everlora.errors import NumericError
-from everlora.methods.base import Batch, TaskInfo
+from everlora.errors import NumericError, UnsupportedError
+from everlora.methods.base import Batch, Recalled, TaskInfo
 from everlora.streams.keyed import fold_key, keyed_permutation
+from everlora.training.checkpointing import checkpointing, set_blocks_training
 from everlora.training.data import TaskData
-from everlora.training.options import make_optimizer, rate_factor
+from everlora.training.moments import moments, put_back
+from everlora.training.options import Length, make_optimizer, rate_factor
+from everlora.training.pieces import Piece, own_pieces, split_step
+from everlora.training.validation import make_validation
 
 if TYPE_CHECKING:
     from everlora.training.loop import TaskTrainer
@@ -37,109 +41,156 @@ class Epochs:
         self.trainer = trainer
         self.method = trainer.method
         self.options = trainer.options
+        self.processes = trainer.processes
         self.task = task
         self.data = data
-        self.validation = validation
+        self.validation = make_validation(trainer, task, validation)
         self.log: list[dict[str, float]] = []
         self.curve: list[tuple[float, float]] = []
         self.step_seconds: list[float] = []
+        self._trained: list[nn.Parameter] = []
         self._best: list[Tensor] = []
-        self._best_accuracy = -1.0
+        self._best_value = -math.inf
 
     def run(self, groups: dict[str, list[nn.Parameter]]) -> None:
-        """Train the given groups of parameters for as many epochs as the options say."""
-        options = self.options
-        optimizer = make_optimizer(options, groups)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        fixed = self.trainer.features_are_fixed()
-        cached = self.trainer.features(self.data, "features") if fixed else None
-        trained = [parameter for parameters in groups.values() for parameter in parameters]
-        self._validate(trained)
-        for epoch in range(options.epochs):
-            factor = rate_factor(options, epoch)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            loss = self._epoch(epoch, optimizer, cached)
-            self.method.after_epoch(epoch, options.epochs)
-            self.log.append({"epoch": epoch, "loss": loss, "lr": options.lr * factor, **self._validate(trained)})
-        for tensor, best in zip(self._state(trained), self._best, strict=False):
+        """Train the given groups of parameters for as long as the options say.
+
+        Raises:
+            NumericError: the loss is not finite.
+            UnsupportedError: options that the network or the method cannot follow.
+        """
+        optimizer = make_optimizer(self.options, groups)
+        carried = self.method.optimizer_state()
+        if carried is not None:
+            put_back(optimizer, groups, carried)
+        cached = self.trainer.features(self.data, "features") if self.trainer.features_are_fixed() else None
+        self._trained = [parameter for parameters in groups.values() for parameter in parameters]
+        self._train_mode()
+        self._refuse_split_statistics()
+        length = Length.of(self.options, len(self.order(0)))
+        self._validate()
+        with checkpointing(self.trainer.backbone, self.options.checkpoint_gradients):
+            for epoch in range(length.epochs):
+                row = self._epoch(epoch, optimizer, cached, length)
+                self.method.after_epoch(epoch, length.epochs)
+                self.log.append({"epoch": epoch, **row, **self._validate()})
+        for tensor, best in zip(self._state(), self._best, strict=False):
             with torch.no_grad():
                 tensor.copy_(best)
+        if carried is not None:
+            self.method.keep_optimizer(moments(optimizer, groups))
         self.trainer.backbone.eval()
 
-    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, cached: Tensor | None) -> float:
-        """Train on all rows once; return the mean loss."""
-        losses = []
+    def _train_mode(self) -> None:
+        """Put the network into the mode it trains in."""
         self.trainer.backbone.train(self.options.dropout)
+        if self.options.checkpoint_gradients:
+            set_blocks_training(self.trainer.backbone)
         self.method.train_mode()
-        batches = self.order(epoch)
-        for rows in batches:
-            step, started = len(self.step_seconds), time.monotonic()
-            # dropout is keyed by the step's place, not by what ran before
-            torch.manual_seed(fold_key(self.options.seed, self.task.index, epoch, step))
-            batch = self.trainer.batch(self.data, rows, epoch=epoch, cached=cached)
-            losses.append(self._step(self._with_memory(batch, epoch, step), optimizer, step))
-            self.step_seconds.append(time.monotonic() - started)
-            self.trainer.progress(f"train {self.task.name}", step + 1, len(batches) * self.options.epochs)
-        return float(np.mean(losses))
 
-    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, step: int) -> float:
-        self.trainer.backbone.train(self.options.dropout)
-        self.method.train_mode()
-        with self.trainer.autocast():
-            loss = self.method.loss(batch).value
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NumericError(
-                f"the loss of task '{self.task.name}' is {value} at step {step} (learning rate "
-                f"{optimizer.param_groups[0]['lr']:.2g}); lower lr, or look for bad rows."
+    def _refuse_split_statistics(self) -> None:
+        pieces = self.processes.size * self.options.micro_batches
+        if pieces > 1 and self._moving_norms():
+            raise UnsupportedError(
+                "batch norms whose statistics move must see all rows of a step at once, found "
+                f"{self.processes.size} processes with {self.options.micro_batches} micro-batches; use one of each, or "
+                "options of the method that keep the statistics."
             )
+
+    def _epoch(
+        self, epoch: int, optimizer: torch.optim.Optimizer, cached: Tensor | None, length: Length
+    ) -> dict[str, float]:
+        """Train on all rows once, or on as many as the task's steps still allow; return mean loss and last rate."""
+        losses, factor = [], 1.0
+        self._train_mode()
+        for rows in self.order(epoch)[: length.steps - len(self.step_seconds)]:
+            step, started = len(self.step_seconds), time.monotonic()
+            factor = rate_factor(self.options, epoch, step, length)
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            losses.append(self._step(rows, epoch, optimizer, cached))
+            self.step_seconds.append(time.monotonic() - started)
+            self.trainer.progress(f"train {self.task.name}", step + 1, length.steps)
+        return {"loss": float(np.mean(losses)), "lr": self.options.lr * factor}
+
+    def _step(self, rows: Tensor, epoch: int, optimizer: torch.optim.Optimizer, cached: Tensor | None) -> float:
+        """Make one step on the given rows of the task; return its loss."""
+        step = len(self.step_seconds)
+        key = (self.options.seed, self.task.index, epoch, step)
+        self.method.before_step(rows)
+        generator = torch.Generator().manual_seed(fold_key(self.options.seed, "memory", self.task.index, epoch, step))
+        recalled = self.method.recall(len(rows), generator)
+        count = self.processes.size * self.options.micro_batches
+        pieces = split_step(self.trainer.backbone, self.data.encoded, rows, recalled, count)
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        value = 0.0
+        with self.processes.together():
+            for piece in own_pieces(pieces, self.processes.rank, self.processes.size):
+                # dropout is keyed by the step's place, and by the piece's where there are more, not by what ran before
+                torch.manual_seed(fold_key(*key) if len(pieces) == 1 else fold_key(*key, piece.number))
+                value += self._backward(self._batch(piece, epoch, cached, recalled), optimizer)
+        value = self.processes.sum_gradients(self._trained, value)
+        self._require_finite(value, optimizer)
         self.method.after_backward()
+        if self.options.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._trained, self.options.clip_norm)
         optimizer.step()
         self.method.after_step(True)
         return value
 
-    def _with_memory(self, batch: Batch, epoch: int, step: int) -> Batch:
-        """Add rows of earlier tasks, where the method has any; drawn by key and augmented like the others."""
-        generator = torch.Generator().manual_seed(fold_key(self.options.seed, "memory", self.task.index, epoch, step))
-        recalled = self.method.recall(len(batch.labels), generator)
-        if recalled is None:
-            return batch
-        inputs = self.trainer.inputs(recalled.encoded, torch.arange(len(recalled.labels)), self._draws(step))
-        device = batch.labels.device
-        memory = Batch(inputs, recalled.labels.to(device), tasks=recalled.tasks.to(device))
-        return replace(batch, memory=memory)
+    def _backward(self, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
+        """Add a piece's part of the gradient; return its part of the loss."""
+        self._train_mode()
+        with self.trainer.autocast():
+            loss = self.method.loss(batch).value
+        if batch.share.supervised != 1:
+            loss = loss * batch.share.supervised
+        value = float(loss.detach())
+        if self.processes.size == 1:  # several processes must agree, so they look at their sum
+            self._require_finite(value, optimizer)
+        torch.autograd.backward(loss)
+        return value
 
-    def _draws(self, step: int) -> int:
+    def _require_finite(self, value: float, optimizer: torch.optim.Optimizer) -> None:
+        if not math.isfinite(value):
+            raise NumericError(
+                f"the loss of task '{self.task.name}' is {value} at step {len(self.step_seconds)} (learning rate "
+                f"{optimizer.param_groups[0]['lr']:.2g}); lower lr, or look for bad rows."
+            )
+
+    def _batch(self, piece: Piece, epoch: int, cached: Tensor | None, recalled: Recalled | None) -> Batch:
+        """The rows of a piece, and with them its rows of earlier tasks, which are augmented like the others."""
+        packed = self.options.packing
+        batch = self.trainer.batch(self.data, piece.rows, epoch=epoch, cached=cached, pack=packed)
+        if recalled is None or not len(piece.memory):
+            return replace(batch, share=piece.share)
         # a row of the memory may come back at each step, and is augmented anew each time
-        return 1_000_003 * (self.task.index + 1) + step
+        draws = 1_000_003 * (self.task.index + 1) + len(self.step_seconds)
+        inputs = self.trainer.inputs(recalled.encoded, piece.memory, draws)
+        device = batch.labels.device
+        labels = inputs.pop("labels", recalled.labels[piece.memory]).to(device)
+        memory = Batch(inputs, labels, tasks=recalled.tasks[piece.memory].to(device))
+        return replace(batch, memory=memory, share=piece.share)
 
-    def _validate(self, trained: list[nn.Parameter]) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
         """Measure the validation rows, and remember the weights when they are the best so far."""
-        if self.validation is None or not len(self.validation):
+        if self.validation is None:
             return {}
         seconds = sum(self.step_seconds)
-        right = 0
-        for rows, batch in self.trainer.batches(self.validation, "validation"):
-            with torch.no_grad(), self.trainer.autocast():
-                scores = self.method.logits(batch, self.task.index)
-            right += int((scores.argmax(dim=1).cpu() == self.validation.labels[rows]).sum())
-        accuracy = right / len(self.validation)
-        self.curve.append((accuracy, seconds))
-        if self.options.keep_best and self.method.settled and accuracy > self._best_accuracy:
-            self._best_accuracy = accuracy
-            self._best = [tensor.detach().clone() for tensor in self._state(trained)]
-        return {"validation": accuracy, "seconds": seconds}
+        value = self.validation.measure()
+        if self.validation.has_curve:
+            self.curve.append((value, seconds))
+        if self.options.keep_best and self.method.settled and self.validation.sign * value > self._best_value:
+            self._best_value = self.validation.sign * value
+            self._best = [tensor.detach().clone() for tensor in self._state()]
+        return {self.validation.name: value, "seconds": seconds}
 
-    def _state(self, trained: list[nn.Parameter]) -> list[Tensor]:
+    def _state(self) -> list[Tensor]:
         """What training changes: the trained parameters, and the statistics of batch norms that move."""
-        self.trainer.backbone.train(self.options.dropout)
-        self.method.train_mode()
+        self._train_mode()
         moving = [buffer for norm in self._moving_norms() for buffer in norm.buffers()]
         self.trainer.backbone.eval()
-        return [*trained, *moving]
+        return [*self._trained, *moving]
 
     def _moving_norms(self) -> list[nn.Module]:
         """Batch norms in training mode."""

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from everlora.backbones import Backbone
+from everlora.errors import OptionError, UnsupportedError
 from everlora.methods.base import Batch, Method, TaskInfo
 from everlora.streams.augment import augment
 from everlora.streams.keyed import fold_key
 from everlora.training.data import TaskData
 from everlora.training.epochs import Epochs
-from everlora.training.options import TrainingOptions
+from everlora.training.options import Length, TrainingOptions, steps_per_epoch
 from everlora.training.peak_memory import peak_memory_bytes, reset_peak_memory
+from everlora.training.processes import Processes, processes
 
 __all__ = ["Progress", "TaskTrainer", "TrainingReport"]
 
@@ -35,9 +37,11 @@ class TrainingReport:
         trainable_parameters: elements that were trained.
         peak_memory_bytes: peak of the device's allocator, or of the process on a CPU.
         log: one row per epoch: epoch, mean loss, learning rate; with validation rows their accuracy, the task given,
-            and the seconds of training so far.
+            as `validation`, or for a language model the mean loss of their tokens as `validation_nll`, and the seconds
+            of training so far.
         step_seconds: median over the steps, without the first ten where there are more than twenty.
-        curve: with validation rows, `(accuracy, seconds of training so far)` before the first epoch and after each.
+        curve: with validation rows, `(accuracy, seconds of training so far)` before the first epoch and after each;
+            empty for a language model.
     """
 
     steps: int
@@ -60,6 +64,7 @@ class TaskTrainer:
         self.options = options
         self.device = backbone.device
         self.progress = progress or (lambda stage, done, total: None)
+        self.processes = Processes()
         self.collect_seconds = 0.0
 
     def learn(self, task: TaskInfo, data: TaskData, validation: TaskData | None = None) -> TrainingReport:
@@ -72,8 +77,16 @@ class TaskTrainer:
 
         Raises:
             NumericError: the loss is not finite; the message names the step and the learning rate.
+            OptionError: an option that does not fit the model.
+            UnsupportedError: options that the network or the method cannot follow.
+            ProcessError: another one of the processes that train together failed.
         """
         started, self.collect_seconds = time.monotonic(), 0.0
+        self._check_options()
+        self.processes = processes(self.device)
+        self.method.sum_over_processes = self.processes.sum  # type: ignore[method-assign]
+        steps = Length.of(self.options, steps_per_epoch(self.options, len(data))).steps
+        task = replace(task, num_examples=len(data), steps=steps)
         reset_peak_memory(self.device)
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
             return self._learn(task, data, validation, started)
@@ -159,16 +172,28 @@ class TaskTrainer:
                 result[rows.to(self.device)] = batch.features
         return result
 
-    def batch(self, data: TaskData, rows: Tensor, *, epoch: int | None, cached: Tensor | None = None) -> Batch:
-        """Make the batch of the given rows, from their cached features where there are any."""
-        labels = data.labels[rows].to(self.device)
-        if cached is not None:
-            return Batch({}, labels, cached[rows], rows=rows)
-        return Batch(self.inputs(data.encoded, rows, epoch), labels, rows=rows)
+    def batch(
+        self, data: TaskData, rows: Tensor, *, epoch: int | None, cached: Tensor | None = None, pack: bool = False
+    ) -> Batch:
+        """Make the batch of the given rows, from their cached features where there are any.
 
-    def inputs(self, encoded: Any, rows: Tensor, epoch: int | None) -> dict[str, Tensor]:
+        Args:
+            data: rows of the task.
+            rows: `(n,)` row numbers.
+            epoch: key of the augmentation, or None for the evaluation transform.
+            cached: features of all rows.
+            pack: lay the rows of a language model end to end.
+        """
+        if cached is not None:
+            return Batch({}, data.labels[rows].to(self.device), cached[rows], rows=rows)
+        inputs = self.inputs(data.encoded, rows, epoch, pack=pack)
+        labels = inputs.pop("labels", data.labels[rows])  # those of a language model come with its tokens
+        return Batch(inputs, labels.to(self.device), rows=rows)
+
+    def inputs(self, encoded: Any, rows: Tensor, epoch: int | None, *, pack: bool = False) -> dict[str, Tensor]:
         """Collate rows on the device; `epoch` is the key of their augmentation, None for the evaluation transform."""
-        tensors = self.backbone.collate(encoded, rows, augment=self._augmentation(epoch))
+        options: dict[str, Any] = {"pack": True} if pack else {"augment": self._augmentation(epoch)}
+        tensors = self.backbone.collate(encoded, rows, **options)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def autocast(self) -> torch.autocast:
@@ -192,7 +217,16 @@ class TaskTrainer:
 
     def features_are_fixed(self) -> bool:
         """Whether training may use features computed once: neither encoder nor inputs change."""
-        return self.method.fixed_features and self._augment_name() == "none"
+        return self.method.fixed_features and self._augment_name() == "none" and self.backbone.modality != "language"
+
+    def _check_options(self) -> None:
+        if self.options.packing and self.backbone.modality != "language":
+            raise OptionError(f"packing is for language models, found {self.backbone.architecture}; leave it out.")
+        if self.options.keep_best and self.method.variants:
+            raise UnsupportedError(
+                f"keep_best would bring back the trained weights alone, and {type(self.method).__name__} predicts with "
+                "others that go with them; leave it out."
+            )
 
 
 class _Collector:

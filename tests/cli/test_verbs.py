@@ -144,9 +144,9 @@ def test_status_shows_what_became_of_each_task(call: Any, call_json: Any, intent
     assert (code, err) == (0, "")
     lines = out.splitlines()
     january = next(line for line in lines if "january" in line).split()
-    assert january == ["1", "january", "40", "2", "-", "3.5", "s", "90.00", "70.00", "-20.00"]
+    assert january == ["1", "january", "40", "3.5", "s", "2", "-", "90.00", "70.00", "-20.00"]
     february = next(line for line in lines if "february" in line).split()
-    assert february == ["2", "february", "30", "1", "parcel", "4.0", "s", "75.00", "75.00", "+0.00"]
+    assert february == ["2", "february", "30", "4.0", "s", "1", "parcel", "75.00", "75.00", "+0.00"]
     assert "2 tasks, 3 labels: refund, parcel, invoice" in out and "Mean accuracy now: 72.50 %" in out
     assert call_json("status", intents)["num_tasks"] == 2
 
