@@ -11,6 +11,7 @@ EverloraError
 ├── ModelError (ValueError)          a base model cannot be loaded or is not the one expected
 ├── StoreError (ValueError)          a learner directory is missing, broken, newer or changed
 │   └── LockedError                  another process is writing to the directory
+├── ProcessError (RuntimeError)      of several processes that train together another one failed
 └── UnsupportedError (NotImplementedError)   a combination everlora declines, with the reason
 ```
 
@@ -29,6 +30,7 @@ __all__ = [
     "ModelError",
     "NumericError",
     "OptionError",
+    "ProcessError",
     "ShapeError",
     "StoreError",
     "TargetError",
@@ -76,6 +78,10 @@ class StoreError(EverloraError, ValueError):
 
 class LockedError(StoreError):
     """Another process is writing to the learner directory."""
+
+
+class ProcessError(EverloraError, RuntimeError):
+    """Of several processes that train together another one failed."""
 
 
 class UnsupportedError(EverloraError, NotImplementedError):

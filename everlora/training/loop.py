@@ -63,7 +63,7 @@ class TaskTrainer:
         self.method = method
         self.options = options
         self.device = backbone.device
-        self.progress = progress or (lambda stage, done, total: None)
+        self.progress = progress or _silent
         self.processes = Processes()
         self.collect_seconds = 0.0
 
@@ -84,6 +84,8 @@ class TaskTrainer:
         started, self.collect_seconds = time.monotonic(), 0.0
         self._check_options()
         self.processes = processes(self.device)
+        if not self.processes.is_first:
+            self.progress = _silent
         self.method.sum_over_processes = self.processes.sum  # type: ignore[method-assign]
         steps = Length.of(self.options, steps_per_epoch(self.options, len(data))).steps
         task = replace(task, num_examples=len(data), steps=steps)
@@ -266,3 +268,7 @@ class _Collector:
             seen += len(rows)
         self.trainer.collect_seconds += time.monotonic() - started
         return seen
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
