@@ -50,7 +50,10 @@ def test_the_config_keeps_scaling_at_one_and_is_plain_json() -> None:
 def test_layers_whose_names_end_alike_are_told_apart() -> None:
     ranks = {"k": 2, "a.k": 4}
     config = lora_config(ranks, modules=["k", "a", "a.k", "b"])
+    assert (config["target_modules"], config["rank_pattern"]) == (["k"], {"^k": 2})
+    config = lora_config(ranks)  # which other modules there are is not known
     assert (config["target_modules"], config["rank_pattern"]) == (["a.k", "k"], {"^k": 2})
+    assert lora_config({"a.k": 2}, modules=["a.k", "b.k"])["target_modules"] == ["a.k"]
     config = lora_config(ranks, alphas={"k": 1.0, "a.k": 2}, modules=["k", "a.k", "b.k"])
     assert (config["target_modules"], config["alpha_pattern"]) == (r"a\.k|k", {"^k": 1.0})
 
