@@ -30,6 +30,10 @@ OTHER_MEANINGS = {
     "backbones/cifar_network.py": r"cifarresnet",  # the name of an architecture
     "backbones/cifar_resnet.py": r"_?cifar_?resnet|cifar residual network",
     "backbones/load.py": r"_?cifar_?resnet|cifar residual network",
+    # the forms of methods for other people's training loops, under the names of the methods
+    "callbacks/callback.py": r"^(ewc|o_lora)$",
+    "callbacks/memory.py": r"^replay$",
+    "callbacks/trainer.py": r"^ilora$",
     "export/cifar_resnet.py": r"_?cifar_?(resnet|network)",
     "export/write.py": r"cifarresnet",
     "metrics/matrix.py": r"^joint$",  # an upper bound that figures are compared with
