@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from everlora.errors import StoreError, TargetError, nearest
+from everlora.backbones.causal_lm import CausalLMBackbone
+from everlora.earlier_models import continue_earlier
+from everlora.errors import OptionError, StoreError, TargetError, nearest
 from everlora.lowrank import split_factors
 from everlora.methods.base import Method
-from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_peft_tensors, lora_scalings
+from everlora.methods.earlier import ContinuesEarlierModel
+from everlora.peft_folders import read_factors
+from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from everlora.settings import Settings
 
 __all__ = ["adapter_fingerprint", "adopt_adapter", "adopt_at_start", "read_adapter", "with_full_path"]
-
-logger = logging.getLogger("everlora")
 
 
 def read_adapter(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -40,23 +38,8 @@ def read_adapter(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
         StoreError: a file is missing or damaged, or holds other tensors.
         UnsupportedError: the adapter is no plain LoRA.
     """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise StoreError(
-            f"expected a PEFT adapter in {folder}, with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, found: {error}; "
-            "start_from names such a folder"
-        ) from error
-    if not isinstance(config, Mapping):
-        raise StoreError(f"expected a JSON object in {folder / ADAPTER_CONFIG}; the file is damaged")
-    factors = from_peft_tensors({name: tensor.float() for name, tensor in tensors.items() if "lora_" in name})
-    scalings = lora_scalings(config, {name: len(down) for name, (down, _) in factors.items()})
-    left_out = len(tensors) - 2 * len(factors)
-    if left_out:
-        logger.info("%d tensors of %s are no low-rank factors and are left out", left_out, folder)
-    return {name: (down.flatten(1), up.flatten(1) * scalings[name]) for name, (down, up) in factors.items()}
+    factors, scales = read_factors(folder)
+    return {name: (down, up * scales[name]) for name, (down, up) in factors.items()}
 
 
 def adopt_adapter(method: Method, model: nn.Module, folder: str | Path) -> None:
@@ -95,18 +78,21 @@ def adapter_fingerprint(folder: str | Path) -> str:
 
 
 def with_full_path(settings: Settings) -> Settings:
-    """Let `start_from` hold wherever the program runs next."""
+    """Let `start_from`, and options of the method that name a folder, hold wherever the program runs next."""
     start = settings.learner.start_from
-    if start is None:
-        return settings
-    learner = dataclasses.replace(settings.learner, start_from=str(Path(start).resolve()))
-    return dataclasses.replace(settings, learner=learner)
+    if start is not None:
+        learner = dataclasses.replace(settings.learner, start_from=str(Path(start).resolve()))
+        settings = dataclasses.replace(settings, learner=learner)
+    options, kind = settings.method_options, settings.method.method_class
+    paths = kind.path_options if issubclass(kind, ContinuesEarlierModel) else ()
+    full = {name: str(Path(value).resolve()) for name in paths if (value := getattr(options, name)) is not None}
+    return dataclasses.replace(settings, method_options=dataclasses.replace(options, **full)) if full else settings
 
 
 def adopt_at_start(
     settings: Settings, method: Method, model: nn.Module, header: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Adopt the adapter that the settings name, if they name one.
+    """Adopt the adapter that the settings name, or go on from the earlier run that the method's options name, if any.
 
     Args:
         settings: of the learner.
@@ -115,19 +101,26 @@ def adopt_at_start(
         header: of the learner's directory, once it is made; holds the fingerprint to compare with.
 
     Returns:
-        The adapter's fingerprint.
+        Fingerprint of what was adopted; None for nothing.
 
     Raises:
         StoreError: the adapter is missing, damaged or another one.
+        OptionError: both are named, or what was found does not fit the options.
     """
-    start = settings.learner.start_from
-    if start is None:
-        return None
-    adopt_adapter(method, model, start)
-    found = adapter_fingerprint(start)
-    if header is not None and found != header["start_from_sha256"]:
+    start, found = settings.learner.start_from, None
+    if isinstance(method, ContinuesEarlierModel):
+        if start is not None and method.earlier_folders() is not None:
+            raise OptionError("start_from and previous_task_model both say where to start; name one of them.")
+        base = None if header is None else header["base_sha256"]
+        fit = method.encoder.inputs.fit if isinstance(method.encoder, CausalLMBackbone) else None
+        found = continue_earlier(method, base_sha256=base, fit=fit)
+    if start is not None:
+        adopt_adapter(method, model, start)
+        found = adapter_fingerprint(start)
+    expected = None if header is None else header.get("start_from_sha256")
+    if expected is not None and found != expected:
         raise StoreError(
-            f"expected the adapter that the learner was made with in {start}, found another; put it back until the "
-            "first task is learned"
+            f"expected what the learner was made with in {start or 'previous_task_model'}, found another; put it back "
+            "until the first task is learned"
         )
     return found

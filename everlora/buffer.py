@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -49,9 +49,15 @@ class ReplayBuffer:
         balanced: see above.
         labels: `(n,)` class index of each row.
         tasks: `(n,)` number of the task each row was learned with.
+        buffer_filter: asked for each row before it goes by, as rows of length one; a row that it turns away is neither
+            kept nor counted. None takes all. To be set again on a buffer that was loaded.
+
+    Two buffers are equal when they hold the same rows in the same places and counted the same ones.
 
     Source: section 7.2 of the reference on convolutional networks.
     """
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, size: int, *, balanced: bool = False) -> None:
         if size < 1:
@@ -60,12 +66,20 @@ class ReplayBuffer:
         self.balanced = balanced
         self.labels = torch.empty(0, dtype=torch.long)
         self.tasks = torch.empty(0, dtype=torch.long)
+        self.buffer_filter: Callable[[Any], bool] | None = None
         self._rows: Rows | None = None
         self._stored: Arrays = {}  # the rows as loaded, until it is known what makes rows of them
         self._seen: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ReplayBuffer):
+            return NotImplemented
+        mine, theirs = self.state(), other.state()
+        same = (self.size, self.balanced) == (other.size, other.balanced) and mine.keys() == theirs.keys()
+        return same and all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
     @property
     def num_seen(self) -> int:
@@ -93,6 +107,9 @@ class ReplayBuffer:
         if len(labels) != len(rows):
             raise ShapeError(f"expected one label for each of {len(rows)} rows, found {len(labels)}; pass both alike")
         self.restore(rows)
+        if self.buffer_filter is not None:
+            passed = torch.tensor([self.buffer_filter(row) for row in _one_by_one(rows)], dtype=torch.bool).nonzero()
+            rows, labels = rows.select(passed[:, 0]), labels[passed[:, 0]]
         old = len(self)
         source = list(range(old))  # where the row of each slot comes from: kept rows first, then the new ones
         classes: list[int] = self.labels.tolist()
@@ -128,6 +145,29 @@ class ReplayBuffer:
             raise ShapeError(f"expected rows to draw from, found {len(self)} that were not restored; add some first")
         chosen = torch.randperm(len(self), generator=generator)[:count]
         return self._rows.select(chosen), self.labels[chosen], self.tasks[chosen]
+
+    def forget(self, predicate: Callable[[Any, int], bool]) -> int:
+        """Let rows go for good; the places that become free are taken by the next rows that go by.
+
+        Args:
+            predicate: called with each row, as rows of length one, and its place; True for a row that is to go.
+
+        Returns:
+            How many rows went.
+
+        Raises:
+            ShapeError: it is not known yet what makes rows of loaded ones (see `restore`).
+        """
+        if self._rows is None:
+            if len(self):
+                raise ShapeError(f"expected rows to look at, found {len(self)} that were not restored; restore them")
+            return 0
+        kept = [place for place, row in enumerate(_one_by_one(self._rows)) if not predicate(row, place)]
+        gone = len(self) - len(kept)
+        if gone:
+            chosen = torch.tensor(kept, dtype=torch.long)
+            self._rows, self.labels, self.tasks = self._rows.select(chosen), self.labels[chosen], self.tasks[chosen]
+        return gone
 
     def restore(self, like: Rows) -> None:
         """Make rows of those that `load_state` put back; `like` is any rows of the same kind, possibly none."""
@@ -165,6 +205,11 @@ class ReplayBuffer:
         largest = sorted(name for name, count in held.items() if count == most)
         places = _places(largest[_integer(len(largest) - 1, generator)], classes)
         return places[_integer(len(places) - 1, generator)]
+
+
+def _one_by_one(rows: Rows) -> Iterator[Rows]:
+    for place in range(len(rows)):
+        yield rows.select(torch.tensor([place]))
 
 
 def _integer(last: int, generator: torch.Generator) -> int:

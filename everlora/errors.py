@@ -12,6 +12,7 @@ EverloraError
 ├── StoreError (ValueError)          a learner directory is missing, broken, newer or changed
 │   └── LockedError                  another process is writing to the directory
 ├── ProcessError (RuntimeError)      of several processes that train together another one failed
+├── InterruptedLearning (RuntimeError)   somebody asked for a stop while a task was learned
 └── UnsupportedError (NotImplementedError)   a combination everlora declines, with the reason
 ```
 
@@ -26,6 +27,7 @@ from collections.abc import Iterable
 __all__ = [
     "DataError",
     "EverloraError",
+    "InterruptedLearning",
     "LockedError",
     "ModelError",
     "NumericError",
@@ -82,6 +84,10 @@ class LockedError(StoreError):
 
 class ProcessError(EverloraError, RuntimeError):
     """Of several processes that train together another one failed."""
+
+
+class InterruptedLearning(EverloraError, RuntimeError):
+    """Somebody asked for a stop while a task was learned; the same command goes on."""
 
 
 class UnsupportedError(EverloraError, NotImplementedError):

@@ -16,7 +16,7 @@ from everlora.export import ExportReport, choose_task, network_of
 from everlora.kept_rows import KEPT_FILE, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
-from everlora.record import load_base, provenance, task_name, write_task
+from everlora.record import load_base, provenance, task_name, task_result, write_task
 from everlora.results import Counts, Evaluation, LanguageEvaluation, LanguageScore, Prediction, TaskResult
 from everlora.scenarios import LanguageScenario, Scenario, check_scenario, kind_of_model, make_scenario
 from everlora.settings import Settings
@@ -24,7 +24,8 @@ from everlora.shared_directory import create_directory, is_writer, reread, writi
 from everlora.snapshot import join_state
 from everlora.store import LearnerStore, TaskEntry
 from everlora.streams import Examples
-from everlora.training import Progress, TaskTrainer, device_of_process
+from everlora.training import Progress, TaskTrainer, answering, device_of_process
+from everlora.unfinished import Rows, TaskCheckpoints, open_checkpoints
 
 __all__ = ["Learner"]
 
@@ -107,8 +108,8 @@ class Learner:
             "options": settings.as_parts(),
             **provenance(),
         }
-        if settings.learner.start_from is not None:
-            header["start_from_sha256"] = adopt_at_start(settings, made, backbone.model)
+        if (adopted := adopt_at_start(settings, made, backbone.model)) is not None:
+            header["start_from_sha256"] = adopted
         place = device_of_process(device)
         store = create_directory(path, header, device=place, keep_states=settings.learner.keep_states)
         return cls(store, model=None, device=device, loaded=(backbone, made))
@@ -166,9 +167,10 @@ class Learner:
         *,
         columns: Mapping[str, str | None] | None = None,
         progress: Progress | None = None,
+        discard_unfinished: bool = False,
         **training: Any,
     ) -> TaskResult:
-        """Learn one more task and write it to the directory; on any failure the directory stays as it was.
+        """Learn one more task, or go on with an interrupted one, and write it; a failure changes no learned task.
 
         Args:
             dataset: a path, hub id, `datasets.Dataset`, list of dicts or `Examples`, with labels.
@@ -177,7 +179,8 @@ class Learner:
                 held out of `dataset` instead.
             columns: names of this data's columns, over those given to `create`.
             progress: called often as `progress(stage, done, total)`.
-            **training: training options for this task only, such as `epochs`.
+            discard_unfinished: put what is left of an interrupted task aside, in `removed/`, instead of going on.
+            **training: training options for this task only, such as `epochs`, and `checkpoint_every`.
 
         Returns:
             What was learned and what it cost.
@@ -186,6 +189,8 @@ class Learner:
             DataError: the data cannot be used.
             NumericError: the loss is not finite.
             LockedError: another process is writing to the directory.
+            OptionError: another task is unfinished.
+            InterruptedLearning: somebody asked for a stop.
         """
         with writing(self.path, device=self._device) as store:
             if self._stale or store.digest != self._store.digest:
@@ -198,12 +203,15 @@ class Learner:
                 )
             examples = self._rules.load(dataset, columns)
             kept = None if validation is None else self._rules.load(validation, columns)
-            if kept is None and self.settings.learner.keep_validation:
-                keep = self.settings.learner.keep_validation
+            if kept is None and (keep := self.settings.learner.keep_validation):
                 examples, kept = self._rules.hold_out(examples, maximum=keep, seed=settings.training.seed)
             chosen = task_name(name, dataset, [entry.name for entry in store.tasks])
+            rows = (examples, kept)
+            checkpoints = open_checkpoints(
+                store, settings, name=chosen, rows=rows, discard=discard_unfinished, device=self._device
+            )
             self._stale = True  # until the task is on disk, memory and disk differ
-            result = self._learn(store, settings, chosen, examples, kept, progress)
+            result = self._learn(store, settings, chosen, rows, checkpoints, progress)
         self._store, self._stale = reread(store, device=self._device), False
         return result
 
@@ -403,38 +411,28 @@ class Learner:
         settings = self.settings
         return backbone, settings.method.method_class(settings.method_options, backbone, seed=settings.training.seed)
 
+    @answering()
     def _learn(
         self,
         store: LearnerStore,
         settings: Settings,
         name: str,
-        examples: Examples,
-        kept: Examples | None,
+        rows: Rows,
+        checkpoints: TaskCheckpoints,
         progress: Progress | None,
     ) -> TaskResult:
-        index = len(store.tasks)
+        (examples, kept), index = rows, len(store.tasks)
         known = set(self.classes)
         labels = self._rules.add_task(examples)
         classes = tuple(self.classes.index(label) for label in labels)
         data = self._rules.encode(examples)
         held = self._rules.encode(kept) if kept is not None and len(kept) else None
         info = TaskInfo(index, name, classes, len(data))
-        report = self._trainer(progress, settings).learn(info, data, held)
+        trainer = TaskTrainer(self.backbone, self.method, settings.training, progress=progress, checkpoints=checkpoints)
+        report = trainer.learn(info, data, held)
         self._kept[index] = kept
         metrics, evaluation = self._follow(index, name, progress)
-        result = TaskResult(
-            index=index,
-            name=name,
-            labels=labels,
-            new_labels=tuple(label for label in labels if label not in known),
-            known_labels=tuple(label for label in labels if label in known),
-            num_examples=len(data),
-            num_validation=0 if kept is None else len(kept),
-            seconds=report.seconds["total"],
-            steps=report.steps,
-            metrics=metrics,
-            num_truncated=int(getattr(data.encoded, "num_truncated", 0)),
-        )
+        result = task_result(info, labels, known, data, kept, report=report, metrics=metrics)
         if is_writer(store, device=self._device):
             outcome = {"evaluation": evaluation, "data_sha256": examples.fingerprint, "label_kind": examples.label_kind}
             write_task(store, self.method, settings, result, report, kept=kept, outcome=outcome)
@@ -467,8 +465,8 @@ class Learner:
         score: Counts | LanguageScore = self._rules.score(trainer, rows, index if learned else None)
         return score
 
-    def _trainer(self, progress: Progress | None = None, settings: Settings | None = None) -> TaskTrainer:
-        return TaskTrainer(self.backbone, self.method, (settings or self.settings).training, progress=progress)
+    def _trainer(self, progress: Progress | None = None) -> TaskTrainer:
+        return TaskTrainer(self.backbone, self.method, self.settings.training, progress=progress)
 
     def _predicting(self, variant: str | None) -> AbstractContextManager[None]:
         self._check_variant(variant)

@@ -141,7 +141,7 @@ def lora_config(
     ranks: Mapping[str, int],
     *,
     base_model: str | None = None,
-    base_class: tuple[str, str] | None = None,
+    base_class: tuple[str, str] | str | None = None,
     transposed: bool = False,
     alphas: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] = (),
@@ -152,7 +152,8 @@ def lora_config(
     Args:
         ranks: layer name to rank; ranks may differ. Layers of rank 0 are left out, as PEFT has none.
         base_model: hub id or folder of the base model.
-        base_class: name and module of the base model's class, for PEFT's `AutoPeftModel`.
+        base_class: name and module of the base model's class, for PEFT's `AutoPeftModel`; or PEFT's name of the task,
+            such as `"CAUSAL_LM"`, where transformers finds the class by the base's own config.
         transposed: the base layers hold their weights as `(in, out)`, which PEFT wants to know; factors are written
             the same way in either case.
         alphas: layer name to `lora_alpha`; None for `lora_alpha = r` throughout, so that PEFT's scaling is 1.
@@ -172,7 +173,7 @@ def lora_config(
     wanted = present if alphas is None else {layer: alphas[layer] for layer in present}
     alpha = wanted[max(present, key=present.__getitem__)]
     auto_mapping = None
-    if base_class is not None:
+    if isinstance(base_class, tuple):
         auto_mapping = {"base_model_class": base_class[0], "parent_library": base_class[1]}
     return {
         "alpha_pattern": _pattern(wanted, alpha),
@@ -189,16 +190,22 @@ def lora_config(
         "r": largest,
         "rank_pattern": _pattern(present, largest),
         "target_modules": _targets(present, modules),
-        "task_type": None,
+        "task_type": base_class if isinstance(base_class, str) else None,
         "use_dora": False,
         "use_rslora": False,
     }
 
 
 def _targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
-    """The layers as PEFT takes them: by name, or as one expression where names would select other modules, too."""
+    """The layers as PEFT takes them: by the ends of their names, or as one expression where those select others, too.
+
+    Where they are all the modules with some last components, these are given, as one writes them by hand.
+    """
     names = list(layers)
     others = set(modules) - set(names)
+    last = sorted({name.rpartition(".")[2] for name in names})
+    if set(names) <= set(modules) and not any(other.rpartition(".")[2] in last for other in others):
+        return last
     if any(other.endswith(tuple(f".{name}" for name in names)) for other in others):
         return "|".join(re.escape(name) for name in names)
     return names

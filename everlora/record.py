@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,48 @@ import everlora
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
 from everlora.errors import ModelError, OptionError
 from everlora.kept_rows import KEPT_FILE, pack_rows
-from everlora.methods.base import Method
+from everlora.methods.base import Method, TaskInfo
 from everlora.results import TaskResult
 from everlora.scenarios import kind_of_model
 from everlora.settings import Settings
 from everlora.snapshot import split_state
 from everlora.store import LearnerStore
 from everlora.streams import Examples
-from everlora.training import TrainingReport
+from everlora.training import TaskData, TrainingReport
 
-__all__ = ["load_base", "provenance", "task_name", "write_task"]
+__all__ = ["load_base", "provenance", "task_name", "task_result", "write_task"]
 
 
 def provenance() -> dict[str, Any]:
     """When something was written, and by which versions."""
     versions = {"everlora": everlora.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
     return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+
+
+def task_result(
+    info: TaskInfo,
+    labels: Sequence[str],
+    known: Collection[str],
+    data: TaskData,
+    kept: Examples | None,
+    *,
+    report: TrainingReport,
+    metrics: dict[str, float],
+) -> TaskResult:
+    """Put together what a learned task is: its labels, of which some were known before, and what it cost."""
+    return TaskResult(
+        index=info.index,
+        name=info.name,
+        labels=tuple(labels),
+        new_labels=tuple(label for label in labels if label not in known),
+        known_labels=tuple(label for label in labels if label in known),
+        num_examples=len(data),
+        num_validation=0 if kept is None else len(kept),
+        seconds=report.seconds["total"],
+        steps=report.steps,
+        metrics=metrics,
+        num_truncated=int(getattr(data.encoded, "num_truncated", 0)),
+    )
 
 
 def write_task(
@@ -69,7 +95,7 @@ def write_task(
         "panels": method.panels(),
         "cost": _cost(report, method),
         "environment": {
-            "device": str(next(method.encoder.model.parameters()).device),
+            "device": str(device),
             "threads": torch.get_num_threads(),
         },
         **outcome,

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from everlora.errors import OptionError, nearest
 from everlora.methods import MethodSpec, method_spec
 from everlora.methods.registry import parse_options
-from everlora.training import TrainingOptions
+from everlora.training import Interval, TrainingOptions
 
 __all__ = ["LearnerOptions", "ModelOptions", "Settings"]
 
@@ -44,6 +44,11 @@ class ModelOptions:
     block_size: Annotated[int, Field(ge=2)] | None = None
 
 
+def _interval(value: Any) -> str:
+    Interval.of(value)
+    return str(value).strip()
+
+
 @dataclass(frozen=True)
 class LearnerOptions:
     """What the learner directory keeps.
@@ -55,12 +60,15 @@ class LearnerOptions:
         start_from: folder of a PEFT LoRA adapter of the same base model to go on from; it is needed until the first
             task is learned.
         max_new_tokens: how long a language model's answers may be.
+        checkpoint_every: how often the task that is being learned is saved within: steps as in 200, seconds as in 300s,
+            or 0 for never. It may be given anew for each task.
     """
 
     keep_validation: Annotated[int, Field(ge=0)] = 0
     keep_states: Literal["newest", "all"] = "newest"
     start_from: str | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    checkpoint_every: Annotated[str, BeforeValidator(_interval)] = "300s"
 
 
 @dataclass(frozen=True)
@@ -128,13 +136,20 @@ class Settings:
         }
 
     def with_training(self, changes: Mapping[str, Any]) -> Settings:
-        """Return the settings with other training options, for one task.
+        """Return the settings with other training options, or another `checkpoint_every`, for one task.
 
         Raises:
             OptionError: a name that is not a training option.
         """
         values = {**_plain(self.training), **changes}
-        return dataclasses.replace(self, training=parse_options(TrainingOptions, values, "training"))
+        kept = _plain(self.learner)
+        if "checkpoint_every" in changes:
+            kept["checkpoint_every"] = values.pop("checkpoint_every")
+        return dataclasses.replace(
+            self,
+            training=parse_options(TrainingOptions, values, "training"),
+            learner=parse_options(LearnerOptions, kept, "the learner"),
+        )
 
 
 def _names(options_type: type) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 `Method.state` is one flat mapping. Entries under `tasks/000/` were added by that task and are written once, in its
 folder: low-rank factors in PEFT's own layout, other tensors in `added.safetensors`, plain values in the task's record.
+A task may have more than one adapter: `stable/adapter/...` and `plastic/adapter/...` go to folders of these names.
 A task's value `alphas`, layer to number, says that its factors count with alpha over rank instead of 1.
 Everything else is what the method carries on, and goes to `state/000`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +25,7 @@ from everlora.store import LearnerStore
 __all__ = ["ADDED_FILE", "TaskFiles", "join_state", "split_state"]
 
 ADDED_FILE = "added.safetensors"
+_FACTOR = re.compile(r"((?:[^/]+/)?)adapter/(.+)/(down|up)")
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
@@ -54,13 +57,14 @@ def split_state(state: Mapping[str, Any], index: int) -> TaskFiles:
     """
     files = TaskFiles()
     prefix = task_key(index, "")
-    factors: dict[str, dict[str, Tensor]] = {}
+    adapters: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, value in state.items():
-        if key.startswith(prefix + "adapter/"):
-            layer, side = key.removeprefix(prefix + "adapter/").rsplit("/", 1)
-            factors.setdefault(layer, {})[side] = value
+        name = key.removeprefix(prefix)
+        factor = _FACTOR.fullmatch(name) if key.startswith(prefix) else None
+        if factor is not None:
+            folder, layer, side = factor.groups()
+            adapters.setdefault(folder, {}).setdefault(layer, {})[side] = value
         elif key.startswith(prefix):
-            name = key.removeprefix(prefix)
             if isinstance(value, Tensor):
                 files.arrays.setdefault(ADDED_FILE, {})[name] = _array(value)
             else:
@@ -70,12 +74,12 @@ def split_state(state: Mapping[str, Any], index: int) -> TaskFiles:
                 files.state_arrays[key] = _array(value)
             else:
                 files.state_values[key] = value
-    if factors:
+    for folder, factors in adapters.items():
         pairs = {layer: (_array(sides["down"]), _array(sides["up"])) for layer, sides in factors.items()}
-        files.arrays[ADAPTER_WEIGHTS] = to_peft_tensors(pairs)
+        files.arrays[folder + ADAPTER_WEIGHTS] = to_peft_tensors(pairs)
         ranks = {layer: up.shape[1] for layer, (_, up) in pairs.items()}
         if any(ranks.values()):  # a task without a single free direction has no adapter that PEFT could describe
-            files.documents[ADAPTER_CONFIG] = lora_config(ranks, alphas=files.values.get("alphas"))
+            files.documents[folder + ADAPTER_CONFIG] = lora_config(ranks, alphas=files.values.get("alphas"))
     return files
 
 
@@ -93,10 +97,12 @@ def join_state(store: LearnerStore) -> State:
         if ADDED_FILE in task.files:
             for name, array in task.arrays(ADDED_FILE).items():
                 state[task_key(entry.index, name)] = torch.from_numpy(np.array(array))
-        if ADAPTER_WEIGHTS in task.files:
-            for layer, (down, up) in from_peft_tensors(task.arrays(ADAPTER_WEIGHTS)).items():
-                state[task_key(entry.index, f"adapter/{layer}/down")] = torch.from_numpy(np.array(down))
-                state[task_key(entry.index, f"adapter/{layer}/up")] = torch.from_numpy(np.array(up))
+        for file in task.files:
+            if file.rpartition("/")[2] == ADAPTER_WEIGHTS:
+                prefix = task_key(entry.index, file.removesuffix(ADAPTER_WEIGHTS) + "adapter/")
+                for layer, pair in from_peft_tensors(task.arrays(file)).items():
+                    for side, factor in zip(("down", "up"), pair, strict=True):
+                        state[f"{prefix}{layer}/{side}"] = torch.from_numpy(np.array(factor))
     if store.tasks:
         arrays, values = store.read_state()
         state.update({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})

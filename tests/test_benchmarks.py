@@ -40,3 +40,10 @@ def test_task_scaling_prints_the_ratio_of_each_task_to_sequential():
 @pytest.mark.slow
 def test_memory_update_prints_rows():
     assert printed("memory_update.py", "--layers", "1", "--width", "64", "--tasks", "2", "--rank", "3")
+
+
+@pytest.mark.slow
+def test_i_lora_step_prints_a_ratio(shared):
+    model = str(shared / "models" / "stories260K")
+    found = printed("i_lora_step.py", model, "--rows", "2", "--tokens", "8", "--pairs", "3")
+    assert set(found) == {"ratio", "replay_seconds", "i_lora_seconds"} and min(found.values()) > 0

@@ -165,3 +165,41 @@ def test_what_cannot_be_kept_is_refused() -> None:
     other = EncodedImages(np.zeros((9, 4, 4, 3), dtype=np.uint8), np.arange(9))
     with pytest.raises(ShapeError, match="to one size"):
         buffer.add(other, torch.arange(9), 1, _generator())
+
+
+def _filled(seed: int = 0, **options: bool) -> ReplayBuffer:
+    buffer = ReplayBuffer(6, **options)
+    buffer.add(_texts(20), torch.arange(20) % 3, 0, _generator(seed))
+    return buffer
+
+
+def test_buffers_of_one_seed_are_equal_and_of_two_are_not() -> None:
+    assert _filled() == _filled() and _filled() != _filled(1)
+    assert _filled() != _filled(balanced=True) and _filled() != "a buffer"
+    again = ReplayBuffer(6)
+    again.load_state(_filled().state())
+    assert again == _filled()
+
+
+def test_a_filter_turns_rows_away_before_they_are_counted() -> None:
+    buffer = ReplayBuffer(30)
+    buffer.buffer_filter = lambda row: len(row.row(0)) % 2 == 0
+    buffer.add(_texts(20), torch.arange(20), 0, _generator())
+    assert buffer.num_seen == len(buffer) == 10 and all(row % 2 for row in _held(buffer))
+    assert buffer.labels.tolist() == _held(buffer)
+
+
+def test_forgotten_rows_leave_and_make_room() -> None:
+    buffer = _filled()
+    held, seen = _held(buffer), buffer.num_seen
+    assert buffer.forget(lambda row, place: place == 0 or int(row.ids[0]) == held[3]) == 2
+    assert _held(buffer) == [held[place] for place in (1, 2, 4, 5)] and buffer.num_seen == seen
+    assert len(buffer.labels) == len(buffer.tasks) == 4 and not buffer.forget(lambda row, place: False)
+    buffer.add(_texts(5), torch.zeros(5, dtype=torch.long), 1, _generator())
+    assert len(buffer) == 6
+    assert buffer.forget(lambda row, place: True) == 6 and len(buffer) == 0
+    loaded = ReplayBuffer(6)
+    loaded.load_state(_filled().state())
+    with pytest.raises(ShapeError, match="restore"):
+        loaded.forget(lambda row, place: True)
+    assert ReplayBuffer(3).forget(lambda row, place: True) == 0

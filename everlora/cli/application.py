@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from everlora import __version__
-from everlora.cli import catalogue, learning, managing, runs, using
+from everlora.cli import catalogue, doctoring, learning, managing, runs, using
 from everlora.cli.parameters import Debug
 from everlora.errors import EverloraError
 
@@ -35,6 +35,7 @@ VERBS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("run", runs.run),
     ("recipes", runs.recipes),
     ("methods", catalogue.methods),
+    ("doctor", doctoring.doctor),
 )
 
 app = typer.Typer(

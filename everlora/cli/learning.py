@@ -10,8 +10,10 @@ from everlora.cli import output
 from everlora.cli.parameters import (
     AsJson,
     BaseModel,
+    CheckpointEvery,
     ColumnNames,
     Debug,
+    DiscardUnfinished,
     Folder,
     ImageColumn,
     LabelColumn,
@@ -114,18 +116,28 @@ def learn(
     label_column: LabelColumn = None,
     column: ColumnNames = None,
     model: BaseModel = None,
+    checkpoint_every: CheckpointEvery = None,
+    discard_unfinished: DiscardUnfinished = False,
     settings: TaskSettings = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Teach a learner the next task, from data whose labels may be new, known or mixed."""
-    options = parse_settings(settings)
+    """Teach a learner the next task, from data whose labels may be new, known or mixed.
+
+    Interrupted, by Ctrl-C for instance, the same command goes on where it was.
+    """
+    options = parse_settings(settings, checkpoint_every=checkpoint_every)
+    if discard_unfinished:
+        options["discard_unfinished"] = True
     columns = columns_from(column, text=text_column, image=image_column, label=label_column)
     with StageProgress() as progress:
         from everlora.learner import Learner
+        from everlora.training import signals_ask
 
         learner = Learner.open(folder, model=model)
-        result = learner.learn(data, name=name, validation=validation, columns=columns, progress=progress, **options)
+        given = {"name": name, "validation": validation, "columns": columns, "progress": progress, **options}
+        with signals_ask():
+            result = learner.learn(data, **given)
     if as_json:
         output.emit_json(result)
         return

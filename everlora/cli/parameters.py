@@ -12,8 +12,10 @@ import typer
 __all__ = [
     "AsJson",
     "BaseModel",
+    "CheckpointEvery",
     "ColumnNames",
     "Debug",
+    "DiscardUnfinished",
     "Folder",
     "ImageColumn",
     "LabelColumn",
@@ -47,6 +49,20 @@ ColumnNames = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the library's log.")]
+CheckpointEvery = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint-every",
+        metavar="N|Ns",
+        help="Save the task that is being learnt after N steps, or N seconds as in 300s, and so on; 0 for never.",
+    ),
+]
+DiscardUnfinished = Annotated[
+    bool,
+    typer.Option(
+        "--discard-unfinished", help="Put an interrupted task aside, in 'removed', instead of going on with it."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from everlora.experiments.schema import ClaimSpec
 from everlora.metrics import mean_and_deviation, paired_difference
+from everlora.report.language import is_language, language_values
 from everlora.report.table import run_values
 
-__all__ = ["MIN_SEEDS", "Verdict", "compared", "joined", "judge", "only_zero", "unchanged"]
+__all__ = ["MIN_SEEDS", "Verdict", "compared", "joined", "judge", "near", "only_zero", "unchanged"]
 
 MIN_SEEDS = 3
 
@@ -34,12 +35,13 @@ def judge(claims: Mapping[str, ClaimSpec], results: Mapping[str, Any]) -> list[d
 
     Returns:
         For each claim `id`, `claim`, `published`, `row`, `against`, `verdict`, `reason` (why nothing can be said, else
-        empty) and `findings`: for each number its `figure`, `decides`, `n`, means of both rows and their `ratio`,
-        `difference` with the ends of its 95 % bootstrap interval `low` and `high`, `margin` and `verdict`.
+        empty), `left_out` (rows to compare with that were not run, where others were) and `findings`: for each number
+        and other row its `figure`, `other`, `decides`, `n`, means of both rows and their `ratio`, `difference` with
+        the ends of its 95 % bootstrap interval `low` and `high`, `margin` and `verdict`.
     """
     if not claims:
         return []
-    values = run_values(results)
+    values = language_values(results) if is_language(results) else run_values(results)
     return [_judged(name, claim, values, results) for name, claim in claims.items()]
 
 
@@ -61,6 +63,22 @@ def compared(first: Numbers, second: Numbers, *, wanted: Literal["greater", "les
     if low > -margin:
         return finding | {"verdict": "reproduced"}
     return finding | {"verdict": "opposite" if high < -margin else "not reproduced"}
+
+
+def near(first: Numbers, second: Numbers, *, margin: float) -> Finding:
+    """Check that a number of two rows is the same within `margin`, over the seeds that both have.
+
+    The claim is reproduced when the whole 95 % interval of the mean difference lies within the margin, and opposite
+    when the whole interval lies outside of it.
+    """
+    finding = compared(first, second, wanted="greater")
+    low, high = finding.get("low"), finding.get("high")
+    if finding["verdict"] == "inconclusive" or low is None or high is None:
+        return finding
+    inside = -margin <= low and high <= margin
+    outside = low > margin or high < -margin
+    verdict = "reproduced" if inside else ("opposite" if outside else "not reproduced")
+    return finding | {"margin": margin, "verdict": verdict}
 
 
 def only_zero(first: Numbers, second: Numbers, *, margin: float) -> Finding:
@@ -111,11 +129,15 @@ def _judged(
     values: Mapping[str, Mapping[int | None, Mapping[str, float | None]]],
     results: Mapping[str, Any],
 ) -> dict[str, Any]:
+    left_out: list[str] = []
     if claim.test == "unchanged":
         runs = [run for run in results["runs"] if run["method"] == claim.row]
         findings = [{"figure": "unchanged", "decides": True, **unchanged(runs)}]
     else:
-        findings = [_finding(claim, figure, values) for figure in (*claim.figures, *claim.shown)]
+        others = [other for other in claim.others if other in values]
+        left_out = [other for other in claim.others if others and other not in values]
+        pairs = [(figure, other) for other in others or claim.others for figure in (*claim.figures, *claim.shown)]
+        findings = [_finding(claim, figure, other, values) for figure, other in pairs]
     deciding = [finding for finding in findings if finding["decides"]]
     verdict = joined([finding["verdict"] for finding in deciding])
     reasons = dict.fromkeys(finding["reason"] for finding in deciding if finding.get("reason"))
@@ -124,23 +146,29 @@ def _judged(
         "claim": claim.claim,
         "published": claim.published,
         "row": claim.row,
-        "against": claim.against,
+        "against": claim.against if not isinstance(claim.against, tuple) else list(claim.against),
         "verdict": verdict,
         "reason": "; ".join(reasons) if verdict == "inconclusive" else "",
+        "left_out": left_out,
         "findings": findings,
     }
 
 
 def _finding(
-    claim: ClaimSpec, figure: str, values: Mapping[str, Mapping[int | None, Mapping[str, float | None]]]
+    claim: ClaimSpec,
+    figure: str,
+    other: str,
+    values: Mapping[str, Mapping[int | None, Mapping[str, float | None]]],
 ) -> Finding:
-    head = {"figure": figure, "decides": figure in claim.figures}
-    absent = [row for row in (claim.row, claim.against) if row not in values]
+    head = {"figure": figure, "other": other, "decides": figure in claim.figures}
+    absent = [row for row in (claim.row, other) if row not in values]
     if absent:
-        return {**head, "n": 0, "verdict": "inconclusive", "reason": f"not run: {', '.join(map(str, absent))}"}
-    first, second = (_numbers(values[str(row)], figure) for row in (claim.row, claim.against))
+        return {**head, "n": 0, "verdict": "inconclusive", "reason": f"not run: {', '.join(absent)}"}
+    first, second = (_numbers(values[row], figure) for row in (claim.row, other))
     if claim.test == "only_zero":
         return {**head, **only_zero(first, second, margin=claim.margin)}
+    if claim.test == "near":
+        return {**head, **near(first, second, margin=claim.margin)}
     assert claim.test != "unchanged"  # has no numbers
     return {**head, **compared(first, second, wanted=claim.test, margin=claim.margin)}
 

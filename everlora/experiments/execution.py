@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from everlora.errors import DataError, StoreError
+from everlora.errors import OptionError, StoreError
 from everlora.experiments.data import Progress
+from everlora.experiments.language import LanguageMeasurement
+from everlora.experiments.measuring import ClassMeasurement, Measurement, rows_to_test
 from everlora.experiments.paths import has_path, measured_pair
 from everlora.experiments.plan import Plan, Streams, identity, method_row, row_options
 from everlora.experiments.recipe import stream_of
 from everlora.experiments.records import RunRecord
+from everlora.experiments.retention import own_texts
 from everlora.experiments.traces import bytes_on_disk, pretrained_digest, reference_parameters, tensor_digests
 from everlora.learner import Learner
-from everlora.streams import Examples, Stream, concatenate
+from everlora.streams import Stream, concatenate
 
 __all__ = ["execute", "run_folder"]
+
+_NO_RATE = 1e-12
 
 
 def run_folder(out: Path, row: str, seed: int) -> Path:
@@ -28,8 +34,9 @@ def run_folder(out: Path, row: str, seed: int) -> Path:
 def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, progress: Progress) -> dict[str, Any]:
     """Run one row with one seed, from where an earlier run of it stopped.
 
-    After each task the test sets of all tasks seen so far are evaluated, and only then; a method that takes the
-    whole stream at once is measured once, at the end. Where the plan asks for paths, accuracy is measured between
+    After each task the test sets of all tasks seen so far are evaluated, and only then; those of a language model
+    also before the first task, and of tasks still to come. A method that takes the whole stream at once is measured
+    once, at the end. Where the plan asks for paths, accuracy is measured between
     the weights after a task and after the one before too; a finished run gets those that it still lacks.
 
     Args:
@@ -48,7 +55,8 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
         StoreError: the learner and its record do not fit together.
     """
     stream = streams(seed)
-    record = _open_record(plan, row, seed, stream, run_folder(out, row, seed))
+    measurement = _measurement(plan, row, streams, out)
+    record = _open_record(plan, row, seed, stream, run_folder(out, row, seed), measurement)
     pairs = _wanted_pairs(plan, record)
     if record.is_complete and not pairs:
         return record.values
@@ -56,14 +64,31 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
     progress(stage, record.rows_done, len(stream.tasks))
     learner = _open_learner(plan, row, record)
     _note_the_start(plan, record, learner, num_classes=len(stream.tasks[0].labels))
+    measurement.begin(learner, record, stream)
+    work = _Work(learner, record, stream, measurement, _prefixed(progress, stage))
+    if (count := method_row(plan.recipe, row).own_texts) is not None:
+        work.rehearse(count, out)
     if learner.trains_on == "stream":
-        _learn_whole(learner, record, stream, _prefixed(progress, stage))
+        work.learn_whole()
         progress(stage, len(stream.tasks), len(stream.tasks))
     else:
-        inner = _prefixed(progress, stage)
-        paths = _Paths(learner, record, stream, plan.path_points, pairs, inner)
-        _learn_in_turn(learner, record, stream, stage, progress, after_each=paths.measure)
+        paths = _Paths(learner, record, stream, plan.path_points, pairs, work.progress)
+        work.learn_in_turn(paths.measure, lambda done: progress(stage, done, len(stream.tasks)))
     return record.values
+
+
+def _measurement(plan: Plan, row: str, streams: Streams, out: Path) -> Measurement:
+    """What this recipe measures."""
+    if stream_of(plan.recipe, plan.setting).scenario != "language":
+        return ClassMeasurement()
+    return LanguageMeasurement(
+        retention=plan.setting.retention or plan.recipe.retention,
+        samples=plan.setting.samples or plan.recipe.samples,
+        general=streams.general(),
+        answers=plan.recipe.answers,
+        weights=method_row(plan.recipe, row).weights,
+        folder=out,
+    )
 
 
 def _wanted_pairs(plan: Plan, record: RunRecord) -> list[int]:
@@ -73,7 +98,7 @@ def _wanted_pairs(plan: Plan, record: RunRecord) -> list[int]:
     return [first for first in range(record.values["num_tasks"] - 1) if record.lacks_path(first, plan.path_points)]
 
 
-def _open_record(plan: Plan, row: str, seed: int, stream: Stream, folder: Path) -> RunRecord:
+def _open_record(plan: Plan, row: str, seed: int, stream: Stream, folder: Path, measurement: Measurement) -> RunRecord:
     spec = method_row(plan.recipe, row)
     options = row_options(plan, row, seed, len(stream.tasks))
     scenario = stream_of(plan.recipe, plan.setting).scenario
@@ -89,12 +114,13 @@ def _open_record(plan: Plan, row: str, seed: int, stream: Stream, folder: Path) 
     }
     # The label is only for readers; a change of it must not cost a rerun.
     decisive = {key: value for key, value in header.items() if key != "label"}
-    fingerprints = [[task.train.fingerprint, _test_of(task).fingerprint] for task in stream.tasks]
+    fingerprints = [[task.train.fingerprint, rows_to_test(task).fingerprint] for task in stream.tasks]
     return RunRecord.open(
         folder / "run.json",
         identity=identity({**decisive, "fingerprints": fingerprints}),
         header=header,
         num_tasks=len(stream.tasks),
+        empty=measurement.empty(len(stream.tasks)),
     )
 
 
@@ -140,7 +166,7 @@ class _Paths:
         """Measure every path between tasks that are learned already."""
         while self.pairs and self.pairs[0] + 1 < len(self.learner.tasks):
             first = self.pairs.pop(0)
-            tests = [_test_of(task) for task in self.stream.tasks[: first + 2]]
+            tests = [rows_to_test(task) for task in self.stream.tasks[: first + 2]]
             entry = measured_pair(self.learner, first, tests, self.points, progress=self.progress)
             if entry is None:
                 self.pairs.clear()
@@ -148,55 +174,80 @@ class _Paths:
             self.record.keep_path(entry)
 
 
-def _learn_in_turn(
-    learner: Learner,
-    record: RunRecord,
-    stream: Stream,
-    stage: str,
-    progress: Progress,
-    *,
-    after_each: Callable[[], None],
-) -> None:
-    ahead = len(learner.tasks) - record.rows_done
-    if ahead not in (0, 1):
-        raise StoreError(
-            f"{learner.path} holds {len(learner.tasks)} tasks and {record.path} {record.rows_done} measured ones; "
-            "one of them was changed, so choose another folder with --out."
-        )
-    for index in range(record.rows_done, len(stream.tasks)):
-        # A run killed between learning and measuring has the task already, and still has to measure it.
-        if index == len(learner.tasks):
-            task = stream.tasks[index]
-            learner.learn(task.train, name=task.name, progress=_prefixed(progress, stage))
-        _measure(learner, record, stream, index, learned=index)
+@dataclasses.dataclass
+class _Work:
+    """A learner, its stream and its record on the way through the tasks; `extra` tasks come before the stream's."""
+
+    learner: Learner
+    record: RunRecord
+    stream: Stream
+    measurement: Measurement
+    progress: Progress
+    extra: int = 0
+
+    def rehearse(self, count: int, folder: Path) -> None:
+        """Let texts of the pretrained model go by the method's memory before the first task.
+
+        They are a task of their own, of one step that is too short to change a weight.
+
+        Raises:
+            OptionError: the method learns all tasks at once.
+        """
+        if self.learner.trains_on == "stream":
+            raise OptionError(f"row '{self.record.values['method']}' learns all at once; leave own_texts out.")
+        self.extra = 1
+        if not self.learner.tasks:
+            rows = own_texts(self.learner, count, folder)
+            self.learner.learn(rows, name="own-texts", progress=self.progress, max_steps=1, lr=_NO_RATE)
+
+    def learn_in_turn(self, after_each: Callable[[], None], tell: Callable[[int], None]) -> None:
+        """Learn the tasks that are still to be learned, each followed by its measurement."""
+        learner, record = self.learner, self.record
+        ahead = len(learner.tasks) - self.extra - record.rows_done
+        if ahead not in (0, 1):
+            raise StoreError(
+                f"{learner.path} holds {len(learner.tasks)} tasks and {record.path} {record.rows_done} measured ones; "
+                "one of them was changed, so choose another folder with --out."
+            )
+        for index in range(record.rows_done, len(self.stream.tasks)):
+            # A run killed between learning and measuring has the task already, and still has to measure it.
+            if index == len(learner.tasks) - self.extra:
+                task = self.stream.tasks[index]
+                learner.learn(task.train, name=task.name, progress=self.progress)
+            self.measure(index, learned=index + self.extra)
+            after_each()
+            tell(index + 1)
         after_each()
-        progress(stage, index + 1, len(stream.tasks))
-    after_each()
 
+    def learn_whole(self) -> None:
+        """Learn all tasks at once, in as many steps as they would get one by one where their number is given."""
+        tasks, steps = self.stream.tasks, self.learner.settings.training.max_steps
+        if not self.learner.tasks:
+            longer: dict[str, Any] = {} if steps is None else {"max_steps": steps * len(tasks)}
+            rows = concatenate([task.train for task in tasks])
+            self.learner.learn(rows, name="all-tasks", progress=self.progress, **longer)
+        self.measure(len(tasks) - 1, learned=0)
 
-def _learn_whole(learner: Learner, record: RunRecord, stream: Stream, progress: Progress) -> None:
-    if not learner.tasks:
-        learner.learn(concatenate([task.train for task in stream.tasks]), name="all-tasks", progress=progress)
-    _measure(learner, record, stream, len(stream.tasks) - 1, learned=0)
+    def measure(self, index: int, *, learned: int) -> None:
+        """Fill row `index`; `learned` is the task of the learner whose cost and figures belong to it."""
+        learner, values = self.learner, self.record.values
+        self.measurement.measure(learner, self.record, self.stream, index)
+        kept = learner.card()["tasks"][learned]
+        seconds = kept["cost"]["seconds"]
+        cost = kept["cost"] | {"task": index, "seconds": seconds["total"], "parts": seconds}
+        cost["state_bytes"] = bytes_on_disk(learner)
+        if "digests" in values:
+            values["digests"].append(tensor_digests(learner))
+        panels = {name: self._renumbered(panel) for name, panel in kept["panels"].items()}
+        self.record.append(cost=cost, panels=panels, task=index)
 
-
-def _measure(learner: Learner, record: RunRecord, stream: Stream, index: int, *, learned: int) -> None:
-    """Fill row `index`; `learned` is the task of the learner whose cost and figures belong to it."""
-    pairs = [(task.index, _test_of(task)) for task in stream.tasks[: index + 1]]
-    counts = learner.evaluate_tasks(pairs)
-    kept = learner.card()["tasks"][learned]
-    cost = kept["cost"] | {"task": index, "seconds": kept["cost"]["seconds"]["total"], "parts": kept["cost"]["seconds"]}
-    cost["state_bytes"] = bytes_on_disk(learner)
-    if "digests" in record.values:
-        record.values["digests"].append(tensor_digests(learner))
-    record.append([dataclasses.asdict(one) for one in counts], cost=cost, panels=kept["panels"], task=index)
-
-
-def _test_of(task: Any) -> Examples:
-    if task.test is None:
-        raise DataError(f"task '{task.name}' has no test examples; give data with a test split.")
-    test: Examples = task.test
-    return test
+    def _renumbered(self, panel: dict[str, float]) -> dict[str, float]:
+        """A panel whose tasks are counted as the stream counts them."""
+        if not self.extra or not all(re.fullmatch(r"task \d+", name) for name in panel):
+            return panel
+        numbers = [int(name.split()[1]) - self.extra for name in panel]
+        names = [f"task {number}" if number >= 0 else "own texts" for number in numbers]
+        return dict(zip(names, panel.values(), strict=True))
 
 
 def _prefixed(progress: Progress, stage: str) -> Progress:

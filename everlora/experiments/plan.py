@@ -13,12 +13,13 @@ from typing import Any
 
 from everlora.backbones import resolve_source
 from everlora.errors import ModelError, OptionError, nearest
-from everlora.experiments.data import Progress, Source, Splits, build_stream, read_splits
+from everlora.experiments.data import Progress, Splits, build_stream, general_sets, read_splits
 from everlora.experiments.recipe import parse_recipe, stream_of
 from everlora.experiments.schema import MethodRow, Recipe, Setting
+from everlora.experiments.sources import Source, given_part
 from everlora.methods import list_methods, method_spec
 from everlora.settings import Settings
-from everlora.streams import Stream
+from everlora.streams import Examples, Stream
 
 __all__ = ["Plan", "Streams", "identity", "make_plan", "method_row", "row_options"]
 
@@ -108,6 +109,7 @@ class Streams:
         self._parts: list[tuple[str, Splits]] | None = None
         self._sources: list[Source] = []
         self._newest: tuple[int, Stream] | None = None
+        self._general: list[tuple[str, Examples]] | None = None
 
     def __call__(self, seed: int) -> Stream:
         """Return the stream of one seed."""
@@ -123,15 +125,23 @@ class Streams:
         self._read()
         return ", ".join(source.text for source in self._sources)
 
+    def general(self) -> list[tuple[str, Examples]]:
+        """Name and test rows of each data set of general abilities; the same for every seed."""
+        if self._general is None:
+            self._general = general_sets(self._recipe, self._setting)
+        return self._general
+
     def _read(self) -> list[tuple[str, Splits]]:
         if self._parts is None:
             recipe, given = self._recipe, self._plan.data
             specs = recipe.data.sets or (recipe.data,)
-            if len(specs) > 1 and given is not None:
-                raise OptionError(f"Recipe '{recipe.name}' reads {len(specs)} data sets; --data can replace one only.")
+            is_language = recipe.stream.scenario == "language"
             parts = []
             for spec in specs:
-                splits, source = read_splits(spec, given, recipe=recipe.name, progress=self._progress)
+                part = given_part(given, spec.name, recipe.name) if len(specs) > 1 else given
+                splits, source = read_splits(
+                    spec, part, recipe=recipe.name, progress=self._progress, is_language=is_language
+                )
                 parts.append((spec.name or recipe.name, splits))
                 self._sources.append(source)
             self._parts = parts
@@ -206,7 +216,7 @@ def row_options(plan: Plan, row: str, seed: int, num_tasks: int) -> dict[str, An
     recipe, setting = plan.recipe, plan.setting
     spec = method_row(recipe, row)
     known = set(method_spec(spec.method).option_names)
-    options: dict[str, Any] = {**recipe.backbone, **recipe.training, **setting.training}
+    options: dict[str, Any] = {**recipe.backbone, **setting.backbone, **recipe.training, **setting.training}
     options |= _suitable(setting.set, known) | spec.set | _suitable(plan.options, known)
     if "total_tasks" in known:
         options.setdefault("total_tasks", num_tasks)

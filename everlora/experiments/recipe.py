@@ -151,7 +151,7 @@ def _check_references(recipe: Recipe, file: str) -> None:
     for key, setting in recipe.settings.items():
         rows += [(f"settings.{key}.methods", name) for name in setting.methods or ()]
     for key, claim in recipe.claims.items():
-        rows += [(f"claims.{key}", name) for name in (claim.row, claim.against) if name is not None]
+        rows += [(f"claims.{key}", name) for name in claim.rows]
     if recipe.reference is not None:
         rows.append(("reference", recipe.reference))
     for field, name in rows:

@@ -1,4 +1,4 @@
-"""The record of one row and seed, `run.json`: counts of every measured cell, written whole after each task."""
+"""The record of one row and seed, `run.json`: all that was measured, written whole after each task."""
 
 from __future__ import annotations
 
@@ -45,14 +45,17 @@ class RunRecord:
     values: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path, *, identity: str, header: Mapping[str, Any], num_tasks: int) -> RunRecord:
+    def open(
+        cls, path: Path, *, identity: str, header: Mapping[str, Any], num_tasks: int, empty: Mapping[str, Any]
+    ) -> RunRecord:
         """Read the record at `path`, or begin one.
 
         Args:
             path: the file; it appears with the first row.
             identity: hash of everything that decides the numbers.
             header: plain values that describe the run (method, label, seed, options, ...).
-            num_tasks: rows and columns of the accuracy matrix.
+            num_tasks: tasks of the stream.
+            empty: what a record without any measurement holds.
 
         Raises:
             OptionError: the file belongs to a run with other options or data.
@@ -66,9 +69,8 @@ class RunRecord:
                     "or give the same settings as before."
                 )
             return cls(path, values)
-        empty: dict[str, Any] = {name: [[None] * num_tasks for _ in range(num_tasks)] for name in COUNTS}
         values = {"format": FORMAT, "identity": identity, "num_tasks": num_tasks, "rows_done": 0}
-        return cls(path, values | dict(header) | empty | {"sizes": [None] * num_tasks, "cost": [], "panels": {}})
+        return cls(path, {**values, **header, **empty, "cost": [], "panels": {}})
 
     def lacks_path(self, first: int, points: int) -> bool:
         """Whether accuracy along the path from task `first` to the next was not measured with so many points."""
@@ -79,7 +81,7 @@ class RunRecord:
         """Put in what was measured along one path, in the place of what was known of it, and write the file."""
         others = [known for known in self.values.get("paths", []) if known["first"] != entry["first"]]
         self.values["paths"] = sorted([*others, dict(entry)], key=lambda known: int(known["first"]))
-        write_json(self.path, self.values)
+        self.save()
 
     @property
     def rows_done(self) -> int:
@@ -91,21 +93,16 @@ class RunRecord:
         """Whether all tasks are."""
         return self.rows_done == int(self.values["num_tasks"])
 
-    def append(
-        self,
-        counts: Sequence[Mapping[str, int]],
-        *,
-        cost: Mapping[str, Any],
-        panels: Mapping[str, Mapping[str, float]],
-        task: int,
-    ) -> None:
-        """Add the row of `task`, the newest one, and write the file.
+    def save(self) -> None:
+        """Write the file as it is now."""
+        write_json(self.path, self.values)
+
+    def put_counts(self, counts: Sequence[Mapping[str, int]], task: int) -> None:
+        """Put in the row of `task`, without writing it.
 
         Args:
             counts: for each task `j <= task`: `correct`, `size`, `task_aware` and `task_correct`.
-            cost: seconds, steps, bytes and parameters of the task.
-            panels: the method's own figures after the task.
-            task: index of the task; rows skipped in between stay unmeasured.
+            task: index of the row.
 
         Raises:
             StoreError: a test set has another size than before.
@@ -120,10 +117,19 @@ class RunRecord:
             sizes[j] = cell["size"]
             for name in COUNTS:
                 self.values[name][task][j] = cell[name]
+
+    def append(self, *, cost: Mapping[str, Any], panels: Mapping[str, Mapping[str, float]], task: int) -> None:
+        """Add what is known of `task`, the newest one, once it is measured, and write the file.
+
+        Args:
+            cost: seconds, steps, bytes and parameters of the task.
+            panels: the method's own figures after the task.
+            task: index of the task; rows skipped in between stay unmeasured.
+        """
         self.values["cost"].append(dict(cost))
         _add_panels(self.values["panels"], panels, task)
         self.values["rows_done"] = task + 1
-        write_json(self.path, self.values)
+        self.save()
 
 
 def _add_panels(known: dict[str, Any], panels: Mapping[str, Mapping[str, float]], task: int) -> None:

@@ -51,6 +51,7 @@ _COPIED = (
     "recognition",
     "pretrained_digest",
     "digests",
+    "language",
 )
 
 
@@ -209,7 +210,9 @@ def _results(plan: Plan, folder: Path, source: str, *, threads: int) -> dict[str
         "notes": recipe.notes,
         "table": recipe.table,
         "reference": recipe.reference,
-        "rows": {name: row.model_dump(mode="json", include={"family", "trials"}) for name, row in known.items()},
+        "rows": {
+            name: row.model_dump(mode="json", include={"family", "trials", "ablation"}) for name, row in known.items()
+        },
     }
     return results | {"claims": judge(recipe.claims, results)}
 

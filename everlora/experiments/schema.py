@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from everlora.experiments.schema_claims import ClaimSpec, Figure
+from everlora.experiments.schema_data import ColumnNames, DataSpec, RetentionSpec, SamplesSpec, Subsample
+from everlora.experiments.schema_part import Options, OptionValue, Part
 from everlora.methods.catalogue import DEFAULT
 
 __all__ = [
@@ -22,101 +25,19 @@ __all__ = [
     "OptionValue",
     "PublishedFigure",
     "Recipe",
+    "RetentionSpec",
+    "SamplesSpec",
     "Setting",
     "StreamSpec",
     "Subsample",
     "ValidationSpec",
 ]
 
-OptionValue = bool | int | float | str | list[bool | int | float | str] | None
-Options = dict[str, OptionValue]
 Percent = float
 Family = Literal["rehearsal", "distance-based", "sub-networks", "dynamic networks", "reference"]
-Figure = Literal[
-    "til",
-    "cil",
-    "learning_acc",
-    "forgetting_til",
-    "bwt_til",
-    "forgetting_cil",
-    "bwt_cil",
-    "task_recognition",
-    "params_growth",
-    "growth_per_task",
-    "e95_own",
-    "e95_ref",
-    "s95_ref",
-    "aulc",
-    "sec_step",
-    "sec_task",
-    "peak_mem",
-    "state_bytes",
-]
 
 
-class _Part(BaseModel):
-    """Base of all parts: nothing can be changed after reading, and nothing unknown is let through."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ColumnNames(_Part):
-    """Which column is what; those left out are found by type."""
-
-    text: str | None = None
-    image: str | None = None
-    label: str | None = None
-    task: str | None = None
-
-    @property
-    def named(self) -> dict[str, str]:
-        """Only the columns that are named."""
-        return self.model_dump(exclude_none=True)
-
-
-class DataSpec(_Part):
-    """Where the examples come from.
-
-    Attributes:
-        hub: id of the data set on the Hugging Face hub.
-        config: configuration of the hub data set.
-        columns: column names in the hub data set (`text`, `image`, `label`, `task`); found by type when left out.
-        shared: folder below `$EVERLORA_SHARED/data` that holds a local copy.
-        shared_columns: column names in that copy, when they differ from the hub's.
-        builtin: a data set that needs no file, such as `sklearn:digits`; nothing else is then looked at.
-        image_size: side in pixels to which images of unequal sizes are brought while decoding.
-        split: name of the only split of the hub data set, where it has no training split.
-        drop_labels: class names that take no part.
-        test_fraction: share of each class held out as test set, for sources that come without one.
-        split_seed: seed of that hold-out.
-        sets: the data sets in order, for `stream.by: datasets`; each needs a `name`.
-        name: name of the data set within `sets`; becomes the task's name.
-    """
-
-    hub: str | None = None
-    config: str | None = None
-    columns: ColumnNames | None = None
-    shared: str | None = None
-    shared_columns: ColumnNames | None = None
-    builtin: str | None = None
-    image_size: PositiveInt | None = None
-    split: str | None = None
-    drop_labels: tuple[str, ...] = ()
-    test_fraction: float | None = Field(default=None, gt=0, lt=1)
-    split_seed: int = 0
-    sets: tuple[DataSpec, ...] = ()
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _has_a_source(self) -> DataSpec:
-        if not (self.hub or self.shared or self.builtin or self.sets):
-            raise ValueError("names no source; give one of hub, shared, builtin or sets")
-        if any(part.name is None for part in self.sets):
-            raise ValueError("has an entry without a name under sets; give each data set a name")
-        return self
-
-
-class StreamSpec(_Part):
+class StreamSpec(Part):
     """How the examples become tasks.
 
     Attributes:
@@ -144,7 +65,7 @@ class StreamSpec(_Part):
         return self
 
 
-class MethodRow(_Part):
+class MethodRow(Part):
     """One row of the table: a registered method with its options and, if they differ, training options.
 
     Attributes:
@@ -152,6 +73,10 @@ class MethodRow(_Part):
         label: what the table calls the row.
         family: which kind of remedy against forgetting it is.
         trials: how many values of its learning rate were tried before one was written down.
+        ablation: whether it is a variation of another row; it stands in the tables and not in the charts of language.
+        weights: of a method with several weights to predict with, those that are measured; `None` takes all.
+        own_texts: so many texts that the pretrained language model writes itself are put into the method's memory
+            before the first task.
         set: options.
     """
 
@@ -159,91 +84,58 @@ class MethodRow(_Part):
     label: str | None = None
     family: Family | None = None
     trials: PositiveInt | None = None
-    set: Options = {}
+    ablation: bool = False
+    weights: tuple[str, ...] | None = Field(default=None, min_length=1)
+    own_texts: PositiveInt | None = None
+    set: Options = Field(default={})
 
 
-class Subsample(_Part):
-    """At most this many examples of each class; `None` takes all."""
-
-    train: PositiveInt | None = None
-    test: PositiveInt | None = None
-    seed: int = 0
-
-
-class ValidationSpec(_Part):
+class ValidationSpec(Part):
     """How `evaluate_on: validation` gets its examples.
 
-    The source's own validation split where it has one, else this share of each class's training examples.
+    The source's own validation split where it has one, else this share of each class's training examples; of rows for
+    a language model this share of all, and of a few long texts this share of each text, at its end.
     """
 
     fraction: float = Field(default=0.1, gt=0, lt=1)
     seed: int = 0
 
 
-class Setting(_Part):
+class Setting(Part):
     """A size of the experiment: what is cut down or changed, and how long it then takes.
 
     Attributes:
         description: one line for the listing.
         minutes: about how long one row with one seed takes on the hardware the recipe's header names.
-        subsample: how many examples of each class are used.
+        subsample: how much of the data is used.
         stream: fields of the recipe's `stream` that differ.
+        backbone: backbone options that differ.
         training: training options that differ.
         set: method options that differ, given to every row whose method knows them.
         evaluate_on: `validation` leaves the test sets alone altogether.
         model: base models instead of the recipe's.
         seeds: seeds instead of the recipe's.
         methods: rows run by default in this setting; `None` takes the recipe's `default_methods`.
+        retention: instead of the recipe's.
+        samples: instead of the recipe's.
     """
 
     description: str | None = None
     minutes: PositiveFloat | None = None
     subsample: Subsample = Subsample()
-    stream: dict[str, OptionValue] = {}
-    training: Options = {}
-    set: Options = {}
+    stream: dict[str, OptionValue] = Field(default={})
+    backbone: Options = Field(default={})
+    training: Options = Field(default={})
+    set: Options = Field(default={})
     evaluate_on: Literal["test", "validation"] = "test"
     model: tuple[str, ...] | None = Field(default=None, min_length=1)
     seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
     methods: tuple[str, ...] | None = None
+    retention: RetentionSpec | None = None
+    samples: SamplesSpec | None = None
 
 
-class ClaimSpec(_Part):
-    """A statement about two rows that a run can bear out or contradict.
-
-    Attributes:
-        claim: the statement, as somebody made it.
-        test: what must hold, for each of `figures` and seed by seed: `greater` or `less` compares `row` with
-            `against`; `only_zero` wants exactly 0 in `row`, and more than `margin` in `against`; `unchanged` wants the
-            pretrained tensors and those of earlier tasks of `row` to stay as they were, bit for bit.
-        row: the row it is about.
-        against: the row that it is compared with.
-        figures: the numbers that decide, all of them.
-        shown: numbers that are reported with it and decide nothing.
-        margin: by how much `greater` and `less` may be missed, and what `only_zero` asks of the other row.
-        published: what is known of it from its source.
-    """
-
-    claim: str
-    test: Literal["greater", "less", "only_zero", "unchanged"]
-    row: str
-    against: str | None = None
-    figures: tuple[Figure, ...] = ()
-    shown: tuple[Figure, ...] = ()
-    margin: float = Field(default=0.0, ge=0)
-    published: str = ""
-
-    @model_validator(mode="after")
-    def _has_what_its_test_needs(self) -> ClaimSpec:
-        if self.test == "unchanged":
-            if self.against or self.figures:
-                raise ValueError("tests for unchanged tensors, which needs neither against nor figures; leave them out")
-        elif not self.against or not self.figures:
-            raise ValueError("compares rows and needs both against and figures; add them")
-        return self
-
-
-class PublishedFigure(_Part):
+class PublishedFigure(Part):
     """A number somebody else printed, in percent, with its source.
 
     Attributes:
@@ -273,7 +165,7 @@ class PublishedFigure(_Part):
     note: str | None = None
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """A whole experiment.
 
     Attributes:
@@ -292,10 +184,16 @@ class Recipe(_Part):
         settings: sizes of the experiment.
         default_setting: the one that runs when none is named.
         workers: processes that share rows and seeds when no number is given; never more than there are cores.
-        table: which numbers are printed: `accuracy`, or `head_to_head` with growth, speed and cost.
+        table: which numbers are printed: `accuracy`, `head_to_head` with growth, speed and cost, or `language`.
         reference: row whose best accuracy on a task the speed of the others is measured by.
         claims: statements that the run is held against.
         validation: how a validation set is made.
+        retention: for a language model, texts of its own that show how far it goes from what it was.
+        samples: for a language model, prompts it goes on from at each stage.
+        general: for a language model, data sets of general abilities, measured before the first task and after the
+            last.
+        answers: for a language model, whether answers are counted too: the likeliest label of rows that name their
+            labels, what is written for others.
         published: figures of others.
         notes: what we measured and what to keep in mind.
     """
@@ -307,17 +205,32 @@ class Recipe(_Part):
     data: DataSpec
     stream: StreamSpec
     model: tuple[str, ...] = Field(min_length=1)
-    backbone: Options = {}
-    training: Options = {}
+    backbone: Options = Field(default={})
+    training: Options = Field(default={})
     methods: dict[str, MethodRow] = Field(min_length=1)
     default_methods: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
-    settings: dict[str, Setting] = {"standard": Setting()}
+    settings: dict[str, Setting] = Field(default={"standard": Setting()})
     default_setting: str = "standard"
     workers: PositiveInt = 1
-    table: Literal["accuracy", "head_to_head"] = "accuracy"
+    table: Literal["accuracy", "head_to_head", "language"] = "accuracy"
     reference: str | None = None
-    claims: dict[str, ClaimSpec] = {}
+    claims: dict[str, ClaimSpec] = Field(default={})
     validation: ValidationSpec = ValidationSpec()
+    retention: RetentionSpec | None = None
+    samples: SamplesSpec | None = None
+    general: tuple[DataSpec, ...] = ()
+    answers: bool = False
     published: tuple[PublishedFigure, ...] = ()
     notes: str = ""
+
+    @model_validator(mode="after")
+    def _fits_its_scenario(self) -> Recipe:
+        is_language = self.stream.scenario == "language"
+        if is_language != (self.table == "language"):
+            raise ValueError("needs table: language for stream.scenario: language, and for nothing else; change one")
+        if not is_language and (self.retention or self.samples or self.general or self.answers):
+            raise ValueError("measures retention, samples, general or answers, which only language models have")
+        if any(part.name is None for part in self.general):
+            raise ValueError("has an entry without a name under general; give each data set a name")
+        return self

@@ -12,7 +12,13 @@ from everlora.backbones import Backbone, load_backbone
 from everlora.kept_rows import KEPT_FILE
 from everlora.learner import Learner
 
-__all__ = ["bytes_on_disk", "pretrained_digest", "reference_parameters", "tensor_digests"]
+__all__ = ["bytes_on_disk", "fresh_backbone", "pretrained_digest", "reference_parameters", "tensor_digests"]
+
+
+def fresh_backbone(learner: Learner) -> Backbone:
+    """Load the learner's pretrained model anew, without anything that was attached or learned."""
+    kind = "causal_lm" if learner.backbone.modality == "language" else "encoder"
+    return load_backbone(learner.backbone.source, kind=kind, **learner.settings.as_parts()["model"])
 
 
 def reference_parameters(learner: Learner, num_classes: int) -> int:
@@ -22,7 +28,7 @@ def reference_parameters(learner: Learner, num_classes: int) -> int:
         learner: says which model, with which options.
         num_classes: classes of the first task.
     """
-    fresh = _fresh(learner)
+    fresh = fresh_backbone(learner)
     return fresh.num_parameters + (fresh.feature_dim + 1) * num_classes
 
 
@@ -39,7 +45,7 @@ def bytes_on_disk(learner: Learner) -> int:
 
 def pretrained_digest(learner: Learner) -> str:
     """Sha256 over the tensors of the pretrained network, read anew from its files."""
-    tensors = _fresh(learner).model.state_dict()
+    tensors = fresh_backbone(learner).model.state_dict()
     return _digest(tensors.items())
 
 
@@ -52,17 +58,13 @@ def tensor_digests(learner: Learner) -> dict[str, Any]:
     """
     learner.method.activate(None)
     now = learner.model.state_dict()
-    places = {name: _place(name, now) for name in _fresh(learner).model.state_dict()}
+    places = {name: _place(name, now) for name in fresh_backbone(learner).model.state_dict()}
     state = learner.method.state()
     tasks = [
         _digest((key, value) for key, value in state.items() if key.startswith(f"tasks/{entry.index:03d}/"))
         for entry in learner.tasks
     ]
     return {"pretrained": _digest((name, now.get(place)) for name, place in places.items()), "tasks": tasks}
-
-
-def _fresh(learner: Learner) -> Backbone:
-    return load_backbone(learner.backbone.source, **learner.settings.as_parts()["model"])
 
 
 def _place(name: str, tensors: Mapping[str, torch.Tensor]) -> str:

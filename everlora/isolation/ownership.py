@@ -69,12 +69,24 @@ class OwnedWeight(nn.Module):
         """Free the given share of the entries being trained, those of the smallest value; exactly `round(share n)`."""
         assert self._mine is not None and self._held is not None
         trained = self._mine.flatten().nonzero()[:, 0]
-        with torch.no_grad():
-            order = self.value.flatten()[trained].abs().argsort(stable=True)
-            freed = trained[order[: round(share * len(trained))]]
-            self._mine.view(-1)[freed] = False
-            self._held.view(-1)[freed] = 0.0
-            self.restore()
+        order = self.value.detach().flatten()[trained].abs().argsort(stable=True)
+        kept = self._mine.clone()
+        kept.view(-1)[trained[order[: round(share * len(trained))]]] = False
+        self.keep(kept)
+
+    @property
+    def trained(self) -> Tensor:
+        """The entries that are being trained, a mask."""
+        assert self._mine is not None
+        return self._mine
+
+    def keep(self, entries: Tensor) -> None:
+        """Go on with a part of the entries being trained, given as a mask, and free the others."""
+        assert self._mine is not None and self._held is not None
+        entries = entries.to(self._mine.device)
+        self._held[self._mine & ~entries] = 0.0
+        self._mine = entries
+        self.restore()
 
     def finish(self) -> None:
         """Give the task the entries that it trains; they never change again."""

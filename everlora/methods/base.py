@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from everlora.errors import DataError, UnsupportedError
 from everlora.heads import Aligner, AlignmentOptions, HeadRows, LanguageHead, TaskHeads
 from everlora.lowrank import AdaptedLayer
+from everlora.methods.resuming import Resumable
 
 __all__ = [
     "ANY_MODALITY",
@@ -44,7 +45,6 @@ __all__ = [
 
 State = dict[str, Any]
 """Flat mapping name -> tensor or plain JSON value; names under `tasks/000/` are written once, with that task."""
-
 
 Heads: TypeAlias = TaskHeads | LanguageHead
 """What turns features into scores; both have the same verbs."""
@@ -203,7 +203,7 @@ class Collect(Protocol):
         """
 
 
-class Method(ABC):
+class Method(Resumable, ABC):
     """A continual-learning method.
 
     Life of a task: `begin_task`; for every batch `loss`, backward, `after_backward`, optimiser step, `after_step`; then
@@ -258,29 +258,20 @@ class Method(ABC):
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Prepare the parameters of a new task; may pass over its training rows."""
 
-    def train_mode(self) -> None:  # noqa: B027 - optional hook
+    def train_mode(self) -> None:
         """Put into training mode what the task trains beyond plain layers: batch norms whose statistics shall move.
 
-        Called before each step; the encoder is in training mode by then but for its batch norms, which never move
-        unless this hook says so.
+        Called before each step; all else is in training mode by then, and batch norms move only if this hook says so.
         """
 
-    def before_step(self, rows: Tensor) -> None:  # noqa: B027 - optional hook
-        """React to the beginning of an optimiser step, before `recall`.
-
-        Args:
-            rows: `(n,)` row numbers of the whole step, over all its pieces and processes; `Batch.rows` are those of one
-                piece.
-        """
+    def before_step(self, rows: Tensor) -> None:
+        """React to the beginning of a step over rows `(n,)` of the task, those of all pieces and processes."""
 
     def optimizer_state(self) -> State | None:
-        """What the optimiser is to go on from, as `keep_optimizer` was given it; empty when nothing was kept yet.
-
-        None, the usual answer, has each task begin with a new optimiser, and nothing is kept.
-        """
+        """What the optimiser goes on from, given by `keep_optimizer`, empty at first; None: each task begins anew."""
         return None
 
-    def keep_optimizer(self, state: State) -> None:  # noqa: B027 - optional hook
+    def keep_optimizer(self, state: State) -> None:
         """Keep, after a task's training, what `optimizer_state` is to return: tensors on the CPU by plain names."""
 
     def recall(self, count: int, generator: torch.Generator) -> Recalled | None:
@@ -291,13 +282,13 @@ class Method(ABC):
     def loss(self, batch: Batch) -> Loss:
         """Return the training loss of a batch; changes nothing."""
 
-    def after_backward(self) -> None:  # noqa: B027 - optional hook
+    def after_backward(self) -> None:
         """Look at or change gradients, before the optimiser steps."""
 
-    def after_step(self, stepped: bool) -> None:  # noqa: B027 - optional hook
+    def after_step(self, stepped: bool) -> None:
         """React to an optimiser step, once after each; `stepped` is False for a step that was skipped."""
 
-    def after_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027 - optional hook
+    def after_epoch(self, epoch: int, epochs: int) -> None:
         """React to the end of an epoch, before it is validated; may change what is trained.
 
         Args:
@@ -352,7 +343,7 @@ class Method(ABC):
     def head_rows(self) -> HeadRows:
         """The classifier as plain rows, for export; of the active task where tasks have networks of their own."""
 
-    def activate(self, task: int | None) -> None:  # noqa: B027 - only for isolated methods
+    def activate(self, task: int | None) -> None:
         """Put the network of a task in place, None for the pretrained one; nothing to do where all share one."""
 
     def own_modules(self) -> list[nn.Module]:

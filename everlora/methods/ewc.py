@@ -29,6 +29,8 @@ class EwcOptions:
         ewc_lambda: weight of the penalty.
         gamma: how much of the earlier tasks' Fisher information counts on after each task; 1 forgets none.
         fisher_samples: rows to measure the Fisher information of a task on, drawn at random; None takes all.
+        normalize_fisher: divide each task's Fisher information by its mean, so that `ewc_lambda` means the same for any
+            model and loss; None does so for language models.
         fisher: square the gradient of every row (`sample`), or the sum of the gradients of every batch (`batch`), which
             is fast, and right on average where the gradients of a trained network cancel.
         loss: cross-entropy over the task's own classes (`local`) or over all `seen` classes.
@@ -46,6 +48,7 @@ class EwcOptions:
     ewc_lambda: Annotated[float, Field(ge=0)] = 100.0
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     fisher_samples: Annotated[int, Field(ge=1)] | None = 256
+    normalize_fisher: bool | None = None
     fisher: Literal["sample", "batch"] = "sample"
     loss: Literal["local", "seen"] = "local"
     rank: Annotated[int, Field(ge=1)] = 10
@@ -68,6 +71,7 @@ class ElasticWeightConsolidation(TunedMethod):
         super().__init__(options, encoder, seed=seed)
         self.importance: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
+        self._gathering: dict[str, Tensor] = {}
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Add the task's head; what earlier tasks left is what the penalty pulls towards."""
@@ -93,6 +97,15 @@ class ElasticWeightConsolidation(TunedMethod):
         self.importance = {name: value + kept * old[name] if name in old else value for name, value in new.items()}
         super().end_task(task, collect)
 
+    def gathered(self) -> State | None:
+        """The sums of squared gradients of the running pass."""
+        return dict(self._gathering) or None
+
+    def resume_gathering(self, state: State) -> None:
+        """Go on from such sums."""
+        for name, total in self._gathering.items():
+            total.copy_(state[name])
+
     def state(self) -> State:
         """Heads, fine-tuned weights, and the Fisher information; the weights are what the penalty pulls towards."""
         return {**super().state(), **{f"fisher/{name}": value.cpu() for name, value in self.importance.items()}}
@@ -107,7 +120,10 @@ class ElasticWeightConsolidation(TunedMethod):
         return {"fisher": {name: float(value.mean()) for name, value in self.importance.items()}}
 
     def _measure(self, task: TaskInfo, collect: Collect) -> dict[str, Tensor]:
-        """Diagonal of the empirical Fisher information of what is trained of the encoder, in evaluation mode."""
+        """Diagonal of the empirical Fisher information of what is trained of the encoder, in evaluation mode.
+
+        The log-likelihood of a row of a language model is the mean over its labelled tokens.
+        """
         trained = self.tuned.named_parameters()
         sums = {name: torch.zeros_like(p) for name, p in trained.items()}
         chosen = torch.ones(task.num_examples, dtype=torch.bool)
@@ -125,8 +141,18 @@ class ElasticWeightConsolidation(TunedMethod):
                     if gradient is not None:
                         total.add_((len(part.labels) * gradient).square())
 
+        self._gathering = sums
         collect(add, stage="fisher information", augment=False)
-        return {name: total / int(chosen.sum()) for name, total in sums.items()}
+        self._gathering = {}
+        return self._normalized({name: total / int(chosen.sum()) for name, total in sums.items()})
+
+    def _normalized(self, fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Divide by the mean over all elements, where the options ask for it."""
+        wanted = self.options.normalize_fisher
+        if not (self.encoder.output_head is not None if wanted is None else wanted):
+            return fisher
+        mean = sum(float(value.sum()) for value in fisher.values()) / sum(value.numel() for value in fisher.values())
+        return {name: value / mean for name, value in fisher.items()} if mean > 0 else fisher
 
     def _parts(self, batch: Batch, chosen: Tensor) -> Iterator[Batch]:
         """Split the chosen rows of a batch as their gradients are to be squared."""

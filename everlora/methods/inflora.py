@@ -143,6 +143,7 @@ class InfLoRA(Method):
         self.memories: dict[str, GradientMemory] = {}
         self.aligner = aligner_of(options, encoder)
         self._moments: dict[str, SecondMoment] = {}
+        self._gathering: dict[str, SecondMoment] = {}
         self._protected: State = {}
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
@@ -173,6 +174,16 @@ class InfLoRA(Method):
         self.heads.freeze()
         self._moments = {}
         realign(self.aligner, self.heads, task, collect, seed=self.seed)
+
+    def gathered(self) -> State | None:
+        """The second moments of the running pass."""
+        moments = {group: moment.state_dict() for group, moment in self._gathering.items()}
+        return {f"{kind}/{group}": m[kind] for group, m in moments.items() for kind in ("dim", "count", "sum")} or None
+
+    def resume_gathering(self, state: State) -> None:
+        """Put second moments back."""
+        for group, moment in self._gathering.items():
+            moment.load_state_dict({kind: state[f"{kind}/{group}"] for kind in ("dim", "count", "sum")})
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""
@@ -241,7 +252,9 @@ class InfLoRA(Method):
 
         first = {group: self._layers[names[0]] for group, names in self._groups.items()}
         with record_moments(first, lambda: mask[0]) as moments:
+            self._gathering = moments
             collect(before=keep_mask, stage=stage, max_batches=self.options.stats_max_batches)
+        self._gathering = {}
         return moments
 
     def _design(self, group: str, names: list[str]) -> None:

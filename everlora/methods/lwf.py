@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from everlora.lowrank import exchanged
 from everlora.lowrank.modes import evaluating
-from everlora.methods.base import Batch, Collect, Encoder, Heads, Loss, TaskInfo
+from everlora.methods.base import Batch, Collect, Encoder, Heads, Loss, State, TaskInfo
 from everlora.methods.registry import register
 from everlora.methods.tuned import TunedEncoder, TunedMethod
 
@@ -106,6 +106,14 @@ class LearningWithoutForgetting(TunedMethod):
     def after_epoch(self, epoch: int, epochs: int) -> None:
         """Count the epochs of the warm-up."""
         self._epoch = epoch + 1
+
+    def progress_state(self) -> State:
+        """How many epochs of the task are over."""
+        return {"epoch": self._epoch}
+
+    def load_progress_state(self, state: State) -> None:
+        """Go on after so many epochs."""
+        self._epoch = state.get("epoch", 0)
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Freeze the heads and let go of the copy."""

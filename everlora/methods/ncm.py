@@ -67,6 +67,14 @@ class NearestClassMean(Method):
         if not bool(torch.isfinite(self.sums[-1]).all()):
             raise NumericError(f"task '{task.name}' gave features that are not finite; check its rows and the model.")
 
+    def gathered(self) -> State:
+        """Sums and counts of the task so far."""
+        return {"sums": self.sums[-1], "counts": self.counts[-1]}
+
+    def resume_gathering(self, state: State) -> None:
+        """Go on from such sums and counts."""
+        self.sums[-1], self.counts[-1] = state["sums"], state["counts"]
+
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Scores that are linear in the (scaled) features."""
         features = self.features(batch)

@@ -107,6 +107,18 @@ class PackNet(IsolatedMethod):
         if epoch == epochs - 1 - retraining:
             self._prune(len(self.task_modules) - 1)
 
+    def progress_state(self) -> State:
+        """Which entries of each weight the task trains, once some were pruned."""
+        if not self.settled:
+            return {}
+        return {f"mine/{name}": weight.trained for name, weight in self._weights.items()}
+
+    def load_progress_state(self, state: State) -> None:
+        """Prune the same entries."""
+        self.settled = bool(state)
+        for name, weight in self._weights.items() if state else ():
+            weight.keep(state[f"mine/{name}"])
+
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Give the task the weights it kept, and learn to recognise it."""
         if not self.settled:

@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from everlora.buffer import ReplayBuffer
-from everlora.methods.base import Batch, Collect, Encoder, Loss, Recalled, State, TaskInfo, keyed_generator
+from everlora.methods.base import Batch, Collect, Encoder, Loss, Recalled, State, TaskInfo
 from everlora.methods.registry import register
+from everlora.methods.rehearsal import IGNORED, Rehearsal, joined, stack_rows
 from everlora.methods.tuned import TunedMethod
 
 __all__ = ["Replay", "ReplayOptions"]
@@ -67,97 +68,68 @@ class Replay(TunedMethod):
 
     def __init__(self, options: ReplayOptions, encoder: Encoder, *, seed: int) -> None:
         super().__init__(options, encoder, seed=seed)
-        self.buffer = ReplayBuffer(options.size, balanced=options.balanced)
-        self._inserting: _Inserting | None = None
-        self._trained_on: Tensor | None = None
+        self.rehearsal = Rehearsal(
+            options.size,
+            seed=seed,
+            insert=options.insert,
+            balanced=options.balanced,
+            by_task=encoder.output_head is not None,
+        )
+
+    @property
+    def buffer(self) -> ReplayBuffer:
+        """The rows kept."""
+        return self.rehearsal.buffer
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Add the task's head; earlier heads go on training."""
         super().begin_task(task, collect)
-        like, _ = collect.rows(torch.empty(0, dtype=torch.long))
-        self.buffer.restore(like)
-        self._inserting = _Inserting(self.buffer, task, collect, keyed_generator(self.seed, task.index, "buffer"))
+        self.rehearsal.begin_task(task, collect)
 
     def before_step(self, rows: Tensor) -> None:
         """Note the rows that will have been trained on."""
-        self._trained_on = rows
+        self.rehearsal.before_step(rows)
 
     def recall(self, count: int, generator: torch.Generator) -> Recalled | None:
         """Draw rows of the buffer, from when on it holds one of an earlier task."""
-        newest = len(self.heads.classes) - 1
-        if not bool((self.buffer.tasks < newest).any()):
-            return None
-        return Recalled(*self.buffer.draw(self.options.batch or count, generator))
+        return self.rehearsal.recall(self.options.batch or count, generator, newest=len(self.heads.classes) - 1)
 
     def loss(self, batch: Batch) -> Loss:
-        """One cross-entropy, averaged over the rows of the batch and of the buffer."""
-        labels, memory = batch.labels, batch.memory
-        tasks = torch.full_like(labels, len(self.heads.classes) - 1)
-        if memory is None or memory.tasks is None:
-            features = self.features(batch)
-        else:
-            features = self._both(batch, memory)
-            labels, tasks = torch.cat([labels, memory.labels]), torch.cat([tasks, memory.tasks])
+        """One cross-entropy, averaged over the rows, or tokens, of the batch and of the buffer."""
+        parts = joined(batch, len(self.heads.classes) - 1)
+        features = stack_rows([self.features(part) for part in parts])
+        labels = stack_rows([part.labels for part in parts], IGNORED)
+        tasks = torch.cat([part.tasks for part in parts if part.tasks is not None])
         return Loss(self.heads.joint_loss(features, labels, tasks, self.options.loss))
 
     def after_step(self, stepped: bool) -> None:
         """Let the rows of the batch go by the buffer, if that is done online."""
-        if self.options.insert == "online" and self._inserting is not None and self._trained_on is not None:
-            self._inserting.add(self._trained_on.cpu())
-        self._trained_on = None
+        self.rehearsal.after_step()
+
+    def progress_state(self) -> State:
+        """The buffer, where rows go by it during training."""
+        return self.rehearsal.progress_state()
+
+    def load_progress_state(self, state: State) -> None:
+        """Put the buffer back."""
+        self.rehearsal.load_progress_state(state)
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Freeze the heads, and let the task's rows go by the buffer, if that is done at its end."""
         super().end_task(task, collect)
-        if self.options.insert == "task_end" and self._inserting is not None:
-            self._inserting.add(torch.arange(task.num_examples))
-        self._inserting = None
+        self.rehearsal.end_task(task)
 
     def panels(self) -> dict[str, dict[str, float]]:
         """Rows of each task in the buffer, and the bytes of all."""
-        counts = torch.bincount(self.buffer.tasks, minlength=len(self.heads.classes)).tolist()
-        rows = {f"task {index}": float(count) for index, count in enumerate(counts)}
-        return {"buffer_rows": rows, "buffer_bytes": {"buffer": float(self.buffer.nbytes)}}
+        return self.rehearsal.panels(len(self.heads.classes))
 
     def state(self) -> State:
         """Heads, fine-tuned weights and the buffer, all as they are now."""
         if not self.heads.classes:
             return super().state()
-        return {**super().state(), **{f"buffer/{name}": value for name, value in self.buffer.state().items()}}
+        return {**super().state(), **self.rehearsal.state()}
 
     def load_state(self, state: State) -> None:
         """Put back what `state` returned."""
         super().load_state(state)
-        stored = {k.removeprefix("buffer/"): v for k, v in state.items() if k.startswith("buffer/")}
-        if stored:
-            self.buffer.load_state(stored)
-
-    def _both(self, batch: Batch, memory: Batch) -> Tensor:
-        """Features of the batch's rows and then of the memory's, in one pass where their shapes allow it.
-
-        Batch norms in training mode must see all rows at once; texts of different lengths, which have none, are run
-        in two passes and need no common padding.
-        """
-        first, second = batch.inputs, memory.inputs
-        if first.keys() == second.keys() and all(first[k].shape[1:] == second[k].shape[1:] for k in first):
-            return self.encoder.features({k: torch.cat([first[k], second[k]]) for k in first})
-        return torch.cat([self.features(batch), self.features(memory)])
-
-
-class _Inserting:
-    """The rows of one task on their way by the buffer, each once."""
-
-    def __init__(self, buffer: ReplayBuffer, task: TaskInfo, collect: Collect, generator: torch.Generator) -> None:
-        self._buffer = buffer
-        self._task = task
-        self._collect = collect
-        self._generator = generator
-        self._done = torch.zeros(task.num_examples, dtype=torch.bool)
-
-    def add(self, rows: Tensor) -> None:
-        """Let those of the given rows `(n,)` go by that did not yet, un-augmented."""
-        new = rows[~self._done[rows]]
-        if len(new):
-            self._done[new] = True
-            encoded, labels = self._collect.rows(new)
-            self._buffer.add(encoded, labels, self._task.index, self._generator)
+        self.rehearsal.load_state(state)

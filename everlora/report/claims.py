@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from everlora.report.language import is_language, language_runs
 from everlora.report.table import FormattedTable
 
 __all__ = ["claims_caption", "format_claims"]
@@ -39,12 +40,24 @@ _UNITS = {
     "sec_task": _Unit("time of a task", 1.0, 1, " s", True),
     "peak_mem": _Unit("peak memory", 1e-6, 0, " MB", True),
     "state_bytes": _Unit("on disk", 1e-6, 2, " MB", True),
+    "ce": _Unit("mean cross-entropy", 1.0, 3, " nats"),
+    "ce_first": _Unit("cross-entropy of the first domain", 1.0, 3, " nats"),
+    "ce_earlier": _Unit("cross-entropy of all domains but the last", 1.0, 3, " nats"),
+    "ce_last": _Unit("cross-entropy of the last domain", 1.0, 3, " nats"),
+    "learning_ce": _Unit("cross-entropy when learned", 1.0, 3, " nats"),
+    "bwt_ce": _Unit("BWT", 1.0, 3, " nats"),
+    "fwt_ce": _Unit("FWT", 1.0, 3, " nats"),
+    "forgetting_ce": _Unit("forgetting", 1.0, 3, " nats"),
+    "retention": _Unit("own texts above the pretrained model", 1.0, 3, " nats", True),
+    "bits_per_byte": _Unit("bits per byte", 1.0, 3),
+    "buffer_bytes": _Unit("buffer", 1e-3, 1, " kB", True),
+    "answer_acc": _Unit("right answers", 100.0, 1, " %"),
 }
 
 
 def format_claims(results: Mapping[str, Any]) -> FormattedTable:
     """Return one row for each claim of a run: id, claim, verdict, what was found, what its source's data say."""
-    labels = {run["method"]: str(run.get("label") or run["method"]) for run in results.get("runs") or []}
+    labels = _labels(results)
     rows = [
         [claim["id"], claim["claim"], claim["verdict"], _found(claim, labels), claim["published"]]
         for claim in results.get("claims") or []
@@ -61,7 +74,7 @@ def claims_caption(results: Mapping[str, Any]) -> str:
         f"network {results.get('model')}",
         f"setting {settings.get('setting')}",
         _counted(stream["num_tasks"], "task"),
-        _counted(options["epochs"], "epoch") + " a task" if "epochs" in options else "",
+        _length(options),
         _counted(seeds, "seed"),
     ]
     return (
@@ -70,9 +83,25 @@ def claims_caption(results: Mapping[str, Any]) -> str:
     )
 
 
+def _labels(results: Mapping[str, Any]) -> dict[str, str]:
+    """What each row is called, a row's name alone standing for the weights it usually has."""
+    if not is_language(results):
+        return {run["method"]: str(run.get("label") or run["method"]) for run in results.get("runs") or []}
+    runs = language_runs(results)
+    return {run.row: run.label for run in runs if run.is_usual} | {run.key: run.label for run in runs}
+
+
+def _length(options: Mapping[str, Any]) -> str:
+    """How long a task is trained."""
+    if options.get("max_steps") is not None:
+        return f"{_counted(options['max_steps'], 'step')} a task"
+    return f"{_counted(options['epochs'], 'epoch')} a task" if "epochs" in options else ""
+
+
 def _found(claim: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     parts = [_finding(finding, claim, labels) for finding in claim["findings"] if finding["n"]]
-    return "; ".join([*parts, *([claim["reason"]] if claim["reason"] else [])])
+    left_out = [f"not run: {', '.join(claim['left_out'])}"] if claim.get("left_out") else []
+    return "; ".join([*parts, *left_out, *([claim["reason"]] if claim["reason"] else [])])
 
 
 def _finding(finding: Mapping[str, Any], claim: Mapping[str, Any], labels: Mapping[str, str]) -> str:
@@ -83,7 +112,8 @@ def _finding(finding: Mapping[str, Any], claim: Mapping[str, Any], labels: Mappi
             f"those of earlier tasks in {finding['tasks_unchanged']}"
         )
     unit = _UNITS[finding["figure"]]
-    means = [f"{labels.get(claim[side], claim[side])} {_value(finding[side]['mean'], unit)}" for side in _SIDES]
+    names = {"row": claim["row"], "against": finding.get("other") or claim["against"]}
+    means = [f"{labels.get(names[side], names[side])} {_value(finding[side]['mean'], unit)}" for side in _SIDES]
     difference = f"difference {_number(finding['difference'], unit)}"
     if finding["low"] is not None:
         difference += f" [{_number(finding['low'], unit)}, {_number(finding['high'], unit)}]"

@@ -11,7 +11,7 @@ from typing import Any
 from everlora.metrics import AccuracyMatrix
 from everlora.metrics.speed import SHARE, area_over_epochs, arrival, best_accuracy, epochs_to_own_share
 
-__all__ = ["run_figures"]
+__all__ = ["costs", "run_figures", "sizes"]
 
 Figures = dict[str, float | None]
 
@@ -34,9 +34,9 @@ def run_figures(run: Mapping[str, Any], matrix: AccuracyMatrix, reference: Mappi
     entries: Sequence[Mapping[str, Any]] = run.get("cost") or []
     return {
         **_accuracies(matrix),
-        **_sizes(run, entries, matrix.num_tasks),
+        **sizes(run, entries, matrix.num_tasks),
         **_speed(_curves(run, matrix.num_tasks), _curves(reference, matrix.num_tasks)),
-        **_costs(entries, matrix.num_tasks),
+        **costs(entries, matrix.num_tasks),
     }
 
 
@@ -57,7 +57,8 @@ def _accuracies(matrix: AccuracyMatrix) -> Figures:
     }
 
 
-def _sizes(run: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], num_tasks: int) -> Figures:
+def sizes(run: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], num_tasks: int) -> Figures:
+    """Growth of a run, and its size over that at the start; None where sizes were not recorded."""
     start = run.get("reference_parameters")
     stored = [int(count) for entry in entries if (count := entry.get("stored_parameters")) is not None]
     if not start or not stored or len(stored) < len(entries):
@@ -98,7 +99,9 @@ def _speed(
     }
 
 
-def _costs(entries: Sequence[Mapping[str, Any]], num_tasks: int) -> Figures:
+def costs(entries: Sequence[Mapping[str, Any]], num_tasks: int) -> Figures:
+    """Time of a step and of a task, peak memory, bytes kept at the end and parameters trained."""
+
     def recorded(name: str) -> list[float]:
         return [float(entry[name]) for entry in entries if entry.get(name) is not None]
 

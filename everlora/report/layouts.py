@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from everlora.report.language import is_language
+from everlora.report.language_tables import language_tables
 from everlora.report.table import UNDEFINED, FormattedTable, Row, Statistic, format_table, show, summarise
 
 __all__ = ["DEFAULT_LAYOUT", "CaptionedTable", "tables"]
@@ -35,11 +37,13 @@ def tables(results: Mapping[str, Any], rows: Sequence[Row] | None = None) -> lis
 
     Args:
         results: the content of `results.json`.
-        rows: from `summarise`, where they are at hand.
+        rows: from `summarise`, where they are at hand; of no use for language models.
 
     Raises:
-        DataError: as `summarise`.
+        DataError: as `summarise` and `language_rows`.
     """
+    if is_language(results):
+        return [CaptionedTable(caption, table) for caption, table in language_tables(results)]
     layout = _LAYOUTS.get(str(results.get("table") or DEFAULT_LAYOUT), _accuracy)
     return layout(summarise(results) if rows is None else rows)
 

@@ -15,6 +15,8 @@ from everlora.metrics import mean_and_deviation
 from everlora.report.charts import LineChart, Scale, Series, line_chart
 from everlora.report.claims import claims_caption, format_claims
 from everlora.report.growth import growth
+from everlora.report.language import is_language
+from everlora.report.language_page import language_context
 from everlora.report.layouts import DEFAULT_LAYOUT, tables
 from everlora.report.panels import HeatRows, panels
 from everlora.report.paths import paths
@@ -22,7 +24,7 @@ from everlora.report.table import UNDEFINED, Group, format_table, grouped_matric
 
 __all__ = ["render_report", "write_report"]
 
-TEMPLATE = "page.html.jinja"
+TEMPLATE, LANGUAGE_TEMPLATE = "page.html.jinja", "language.html.jinja"
 ENOUGH_SEEDS = 3
 _PUBLISHED = {
     "source": "Source",
@@ -68,41 +70,54 @@ def render_report(results: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(_context(results))
+    if is_language(results):
+        own, template = language_context(results), LANGUAGE_TEMPLATE
+        count = int(results["stream"].get("num_tasks") or 0)
+    else:
+        own, template = _context(results), TEMPLATE
+        count = own["num_tasks"]
+    return environment.get_template(template).render(_shared(results, count) | own)
 
 
-def _context(results: Mapping[str, Any]) -> dict[str, Any]:
-    rows, groups = summarise(results), grouped_matrices(results)
+def _shared(results: Mapping[str, Any], num_tasks: int) -> dict[str, Any]:
+    """What every page has: its title, the claims, figures of others and how it was run."""
     stream, recipe = results["stream"], results.get("recipe") or {}
-    by_label = {_distinct(key, groups): group for key, group in groups.items()}
-    matrices = [(label, _mean_matrix(group)) for label, group in by_label.items()]
-    num_tasks = max((matrix.num_tasks for group in by_label.values() for _, matrix in group), default=0)
     return {
         "title": recipe.get("title") or recipe.get("name") or stream.get("name") or "Continual learning run",
         "facts": _facts(results, num_tasks),
-        "num_tasks": num_tasks,
-        "tables": tables(results, rows) if rows else [],
-        "more_tables": results.get("table", DEFAULT_LAYOUT) != DEFAULT_LAYOUT,
-        "table": format_table(rows),
-        "samples_table": format_table(rows, mean="samples"),
-        "few_seeds": any(row["n"] < ENOUGH_SEEDS for row in rows),
         "claims": format_claims(results) if results.get("claims") else None,
         "claims_caption": claims_caption(results) if results.get("claims") else "",
-        "growth": growth(rows),
-        "charts": _charts(by_label),
-        "curve_tables": [_curve_table(by_label, name) for name in ("acc_step", "forgetting")] if rows else [],
-        "runs": _run_rows(by_label),
-        "matrices": matrices,
-        "heat_range": _heat_range(matrices),
-        "panels": [panel for label, group in by_label.items() for panel in panels(label, group)],
-        "paths": [found for label, group in by_label.items() if (found := paths(label, group)) is not None],
-        "tasks": _tasks(stream),
         "published": _published(results.get("published") or []),
         "notes": results.get("notes") or "",
         "recipe_text": recipe.get("text") or "",
         "versions": _pairs(results.get("versions")),
         "settings": _pairs(results.get("settings")),
         "undefined": UNDEFINED,
+    }
+
+
+def _context(results: Mapping[str, Any]) -> dict[str, Any]:
+    rows, groups = summarise(results), grouped_matrices(results)
+    stream = results["stream"]
+    by_label = {_distinct(key, groups): group for key, group in groups.items()}
+    matrices = [(label, _mean_matrix(group)) for label, group in by_label.items()]
+    num_tasks = max((matrix.num_tasks for group in by_label.values() for _, matrix in group), default=0)
+    return {
+        "num_tasks": num_tasks,
+        "tables": tables(results, rows) if rows else [],
+        "more_tables": results.get("table", DEFAULT_LAYOUT) != DEFAULT_LAYOUT,
+        "table": format_table(rows),
+        "samples_table": format_table(rows, mean="samples"),
+        "few_seeds": any(row["n"] < ENOUGH_SEEDS for row in rows),
+        "growth": growth(rows),
+        "charts": _charts(by_label),
+        "curve_tables": [_curve_table(by_label, name) for name in ("acc_step", "forgetting")] if rows else [],
+        "runs": _run_rows(by_label),
+        "matrices": matrices,
+        "heat_range": _heat_range(matrices),
+        "panels": [panel for label, group in by_label.items() for panel in panels(label, [run for run, _ in group])],
+        "paths": [found for label, group in by_label.items() if (found := paths(label, group)) is not None],
+        "tasks": _tasks(stream),
     }
 
 
@@ -121,6 +136,7 @@ def _facts(results: Mapping[str, Any], num_tasks: int) -> list[tuple[str, str]]:
         "Tasks": stream.get("num_tasks", num_tasks),
         "Class order seed": stream.get("order_seed"),
         "Seeds": ", ".join(str(seed) for seed in seeds),
+        "Model": results.get("model"),
         "Device": results.get("device"),
         "Threads": results.get("threads"),
         "Created": results.get("created"),

@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from everlora.report.charts import NUM_COLOURS, LineChart, Scale, Series, line_chart
-from everlora.report.table import Group
 
 __all__ = ["HeatRows", "Panel", "mean_lists", "panels"]
 
@@ -51,7 +51,7 @@ class Panel:
     chart: LineChart | None
 
 
-def panels(label: str, group: Group) -> list[Panel]:
+def panels(label: str, runs: Sequence[Mapping[str, Any]]) -> list[Panel]:
     """Return the panels of one method, averaged over its runs, in order of first appearance.
 
     A panel whose names are all of tasks (`task 3`, `tasks 0 to 3`) becomes a table with a row for each moment and a
@@ -59,8 +59,8 @@ def panels(label: str, group: Group) -> list[Panel]:
     each moment.
     """
     found = []
-    for name in dict.fromkeys(name for run, _ in group for name in run.get("panels") or {}):
-        recorded = [run["panels"][name] for run, _ in group if name in (run.get("panels") or {})]
+    for name in dict.fromkeys(name for run in runs for name in run.get("panels") or {}):
+        recorded = [run["panels"][name] for run in runs if name in (run.get("panels") or {})]
         curves = {
             entry: mean_lists([panel[entry] for panel in recorded if entry in panel])
             for entry in dict.fromkeys(entry for panel in recorded for entry in panel)

@@ -17,6 +17,7 @@ __all__ = [
     "grouped_matrices",
     "run_values",
     "show",
+    "statistic",
     "summarise",
 ]
 
@@ -112,9 +113,9 @@ def summarise(results: Mapping[str, Any]) -> list[Row]:
                 label=label,
                 seeds=[run.get("seed") for run, _ in group],
                 n=len(group),
-                metrics={name: _statistic([summary[name] for summary in summaries]) for name in summaries[0]},
-                cost={name: _statistic([cost[name] for cost in costs]) for name in costs[0]},
-                figures={name: _statistic([one[name] for one in figures]) for name in figures[0]},
+                metrics={name: statistic([summary[name] for summary in summaries]) for name in summaries[0]},
+                cost={name: statistic([cost[name] for cost in costs]) for name in costs[0]},
+                figures={name: statistic([one[name] for one in figures]) for name in figures[0]},
                 exact_zeros=[name for name in figures[0] if all(one[name] == 0.0 for one in figures)],
                 family=about.get("family"),
                 trials=about.get("trials"),
@@ -200,7 +201,8 @@ def _plain(value: float, decimals: int) -> str:
     return f"{round(value, decimals) + 0.0:,.{decimals}f}"  # adding zero turns a rounded -0.0 into 0.0
 
 
-def _statistic(values: Sequence[float | None]) -> Statistic:
+def statistic(values: Sequence[float | None]) -> Statistic:
+    """Mean, sample deviation and count of the values that are there."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return Statistic(mean=None, sd=None, n=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from everlora.store.changes import discard_checkpoints
+from everlora.store.checkpoints import StoredCheckpoint, newest_checkpoint, task_of_checkpoint, write_checkpoint
 from everlora.store.directory import HEADER_KEYS_WITHOUT_EFFECT, LearnerStore
 from everlora.store.files import MAX_JSON_BYTES
 from everlora.store.layout import (
@@ -21,6 +23,11 @@ __all__ = [
     "MAX_JSON_BYTES",
     "RECORD_KEYS_WITHOUT_EFFECT",
     "StateEntry",
+    "StoredCheckpoint",
     "TaskData",
     "TaskEntry",
+    "discard_checkpoints",
+    "newest_checkpoint",
+    "task_of_checkpoint",
+    "write_checkpoint",
 ]

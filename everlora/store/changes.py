@@ -10,10 +10,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from everlora.errors import LockedError, StoreError
-from everlora.store.files import checksum, dump_json, inside, move, sync_folder, temporary_name, write_file
+from everlora.store.checkpoints import CHECKPOINT_FOLDER, tidy_checkpoints
+from everlora.store.files import checksum, dump_json, inside, move, sync_folder, temporary_name, write_file, writing
 from everlora.store.layout import LEARNER_FILE, Index
 
-__all__ = ["new_removed_folder", "refuse_occupied", "sweep", "take_lock", "write_folder"]
+__all__ = ["discard_checkpoints", "new_removed_folder", "refuse_occupied", "sweep", "take_lock", "write_folder"]
 
 
 def take_lock(root: Path) -> FileLock:
@@ -90,7 +91,7 @@ def write_folder(
 
 
 def sweep(root: Path, index: Index, aside: Path | None = None) -> None:
-    """Delete superseded states; move every other leftover into one new folder of `removed/`.
+    """Delete superseded states and checkpoints of finished tasks; move every other leftover to `removed/`.
 
     Args:
         root: the learner's directory, locked by the caller.
@@ -122,6 +123,21 @@ def new_removed_folder(root: Path) -> Path:
     return folder
 
 
+def discard_checkpoints(root: Path) -> Path | None:
+    """Move the checkpoints of an unfinished task to `removed/`, in a learner that the caller has locked.
+
+    Returns:
+        Where they are now; None where there were none.
+    """
+    folder = root / CHECKPOINT_FOLDER
+    if not folder.is_dir():
+        return None
+    with writing(root):
+        target = new_removed_folder(root) / CHECKPOINT_FOLDER
+        move(folder, target)
+    return target
+
+
 def _leftovers(root: Path, index: Index) -> Iterator[Path]:
     """Yield what lies in the directory under everlora's own names without being listed in learner.json."""
     listed = {entry.folder for entry in index.tasks} | {entry.folder for entry in index.states}
@@ -131,3 +147,6 @@ def _leftovers(root: Path, index: Index) -> Iterator[Path]:
             if path.name.lstrip(".")[:3].isdigit() and f"{parent}/{path.name}" not in listed:
                 yield path
     yield from sorted(root.glob(f".{LEARNER_FILE}.tmp-*"))
+    checkpoints = tidy_checkpoints(root, len(index.tasks))
+    if checkpoints is not None:
+        yield checkpoints

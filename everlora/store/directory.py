@@ -6,6 +6,7 @@ any moment therefore leaves the state before its change or after it, and the nex
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -20,14 +21,16 @@ from filelock import FileLock
 
 from everlora.errors import StoreError
 from everlora.store import layout
-from everlora.store.changes import new_removed_folder, refuse_occupied, sweep, take_lock, write_folder
-from everlora.store.files import dump_arrays, dump_json, load_arrays, replace_file, sync_folder, write_file, writing
+from everlora.store.changes import refuse_occupied, sweep, take_lock, write_folder
+from everlora.store.commits import commit, commit_first, keep_former, set_aside, tidy
+from everlora.store.files import dump_arrays, dump_json, load_arrays, read_bytes, writing
 from everlora.store.layout import Index, KeepStates, StateEntry, TaskData, TaskEntry
 
 __all__ = ["HEADER_KEYS_WITHOUT_EFFECT", "LearnerStore"]
 
 # Where the base lies may change without changing what the learner computes: its sha256, also in the header, decides.
 HEADER_KEYS_WITHOUT_EFFECT = frozenset({"base_model", "created", "versions"})
+_LEARNER_OPTIONS_WITHOUT_EFFECT = frozenset({"checkpoint_every"})
 
 _NUM_NEWEST_STATES = 2  # the newest, and the one a reader that opened just before the last commit still needs
 
@@ -76,8 +79,7 @@ class LearnerStore:
         try:
             refuse_occupied(root)
             with writing(root):
-                replace_file(root / layout.LEARNER_FILE, data)
-                sync_folder(root.parent)
+                commit_first(root, data)
         except BaseException:
             lock.release()
             raise
@@ -89,7 +91,8 @@ class LearnerStore:
 
         Args:
             path: the directory.
-            write: take the writer's lock, and put aside what an interrupted writer left.
+            write: take the writer's lock, put aside what an interrupted writer left, and bring a learner.json of an
+                older format up to date; the old one goes to `removed/`.
 
         Raises:
             StoreError: no learner there, or learner.json is damaged, changed or from a newer format.
@@ -102,9 +105,13 @@ class LearnerStore:
         lock = take_lock(root)
         try:
             # Read again: the writer that held the lock a moment ago may have added a task.
-            store = cls(root, layout.read_index(root), lock)
+            index, version = layout.read_versioned_index(root)
+            store = cls(root, index, lock)
             with writing(root):
-                sweep(root, store._index)
+                sweep(root, index)
+                if version != layout.FORMAT_VERSION:
+                    keep_former(root, read_bytes(root / layout.LEARNER_FILE))
+                    commit(root, index)
         except BaseException:
             lock.release()
             raise
@@ -143,6 +150,11 @@ class LearnerStore:
     def tasks(self) -> tuple[TaskEntry, ...]:
         """The finished tasks in the order they were learned."""
         return self._index.tasks
+
+    @property
+    def states(self) -> tuple[StateEntry, ...]:
+        """The states that are kept, oldest first; the last is that of the newest task."""
+        return self._index.states
 
     def set_base_model(self, source: str) -> None:
         """Note where the base model lies now; nothing else of the header can change.
@@ -189,8 +201,9 @@ class LearnerStore:
             raise StoreError(f"task '{name}' gives one file name twice; file names of a task must differ")
         files[layout.LOG_FILE] = b"".join(_log_line(line) for line in log)
         state_files = {layout.STATE_ARRAYS_FILE: dump_arrays(state_arrays, layout.STATE_ARRAYS_FILE)}
-        about_task = {"index": number, "name": name, "record": dict(record)}
-        about_state = {"index": number, "values": dict(state_values)}
+        version = {"format_version": layout.FORMAT_VERSION, "index": number}
+        about_task = {**version, "name": name, "record": dict(record)}
+        about_state = {**version, "values": dict(state_values)}
         with writing(self.root):
             sweep(self.root, self._index)
             task_folder = f"tasks/{number:03d}-{layout.slug(name)}"
@@ -204,7 +217,7 @@ class LearnerStore:
             if self.keep_states == "newest":
                 states = states[-_NUM_NEWEST_STATES:]
             self._commit(replace(self._index, tasks=(*self.tasks, entry), states=states))
-            sweep(self.root, self._index)
+            tidy(self.root, self._index)
         return entry
 
     def read_task(self, index: int) -> TaskData:
@@ -253,13 +266,14 @@ class LearnerStore:
             the entries that were moved away; empty when `to_task` is the present number.
 
         Raises:
-            StoreError: not open for writing, more tasks than there are, or the state at that point is not kept.
+            StoreError: not open for writing, more tasks than there are, or the state at that point is not kept or
+                damaged.
         """
         self._require_writable()
         if isinstance(to_task, bool) or not 0 <= to_task <= len(self.tasks):
             raise StoreError(f"{self.root} has {len(self.tasks)} tasks, so it cannot go back to {to_task} of them")
         if to_task > 0:
-            self._state_entry(to_task - 1)
+            self.read_state(to_task - 1)  # nothing is moved away for a state that then turns out to be damaged
         dropped = self.tasks[to_task:]
         if not dropped:
             return ()
@@ -267,12 +281,30 @@ class LearnerStore:
         before = self._index.dump()
         with writing(self.root):
             # The list of what existed goes along, so that a mistaken rollback can be undone by hand.
-            aside = new_removed_folder(self.root)
-            write_file(aside / layout.LEARNER_FILE, before)
-            sync_folder(aside)
+            aside = keep_former(self.root, before)
             self._commit(replace(self._index, tasks=self.tasks[:to_task], states=states))
-            sweep(self.root, self._index, aside)
+            tidy(self.root, self._index, aside)
         return dropped
+
+    def drop_state(self, index: int) -> None:
+        """Stop keeping an earlier state, a damaged one for instance: its folder moves to `removed/`.
+
+        Args:
+            index: the task it was written after; not the newest one, which the learner goes on from.
+
+        Raises:
+            StoreError: not open for writing, or no earlier state is kept under that number.
+        """
+        self._require_writable()
+        entry = self._state_entry(index)
+        if index == len(self.tasks) - 1:
+            raise StoreError(f"{self.root} goes on from its state after task {index}, so that one stays; roll it back")
+        states = tuple(other for other in self._index.states if other != entry)
+        with writing(self.root):
+            aside = keep_former(self.root, self._index.dump())
+            self._commit(replace(self._index, states=states))
+            with contextlib.suppress(OSError):  # it may be missing; one left behind goes with the next writer's sweep
+                set_aside(self.root, entry.folder, aside)
 
     @property
     def digest(self) -> str:
@@ -287,6 +319,8 @@ class LearnerStore:
             files = {name: listed["sha256"] for name, listed in data.manifest.items() if name != layout.LOG_FILE}
             tasks.append({"index": entry.index, "name": entry.name, "record": record, "files": files})
         header = {key: value for key, value in self.header.items() if key not in HEADER_KEYS_WITHOUT_EFFECT}
+        for name in _LEARNER_OPTIONS_WITHOUT_EFFECT:
+            header.get("options", {}).get("learner", {}).pop(name, None)
         # The manifest of the newest state holds its values and the checksum of its arrays, and no clock.
         state = self._index.states[-1].sha256 if self._index.states else None
         value = {"format_version": layout.FORMAT_VERSION, "header": header, "tasks": tasks, "state": state}
@@ -316,7 +350,7 @@ class LearnerStore:
             raise StoreError(f"{self.root} is open for reading only; open it for writing to change it")
 
     def _commit(self, index: Index) -> None:
-        replace_file(self.root / layout.LEARNER_FILE, index.dump())
+        commit(self.root, index)
         self._index = index
 
 

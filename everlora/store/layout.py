@@ -23,6 +23,7 @@ import numpy as np
 
 from everlora.errors import StoreError
 from everlora.store.files import MAX_JSON_BYTES, checksum, dump_json, inside, load_arrays, load_json, read_bytes
+from everlora.store.migrations import upgrade_index, upgrade_manifest
 
 __all__ = [
     "FORMAT_VERSION",
@@ -40,6 +41,7 @@ __all__ = [
     "read_index",
     "read_listed",
     "read_manifest",
+    "read_versioned_index",
     "slug",
 ]
 
@@ -107,37 +109,54 @@ class Index:
             "states": [vars(entry) for entry in self.states],
             "tasks": [vars(entry) for entry in self.tasks],
         }
-        text = dump_json(body, LEARNER_FILE)
-        return text.removesuffix(b"\n}\n") + f',\n  "sha256": "{checksum(text)}"\n}}\n'.encode("ascii")
+        return _sealed(body)
+
+
+def _sealed(body: Mapping[str, Any]) -> bytes:
+    """The bytes of a learner.json of any version: canonical JSON with the checksum of all before it as last entry."""
+    text = dump_json(body, LEARNER_FILE)
+    return text.removesuffix(b"\n}\n") + f',\n  "sha256": "{checksum(text)}"\n}}\n'.encode("ascii")
 
 
 def read_index(root: Path) -> Index:
-    """Read and check `root/learner.json`.
+    """Read and check `root/learner.json`; one of an older format is brought up to date in memory.
 
     Raises:
         StoreError: there is no learner, the file is damaged or from a newer format, or an entry is not what everlora
             writes.
     """
+    return read_versioned_index(root)[0]
+
+
+def read_versioned_index(root: Path) -> tuple[Index, int]:
+    """Do what `read_index` does, and tell the format version of the file."""
     path = root / LEARNER_FILE
     if not path.is_file():
         raise StoreError(f"no learner in {root}: {LEARNER_FILE} is not there; create one with `everlora init {root}`")
     data = read_bytes(path, limit=MAX_JSON_BYTES)
     value = load_json(data, path)
-    version = value.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise StoreError(
-            f"{path} has format version {version}, and this everlora reads up to {FORMAT_VERSION}; upgrade everlora"
-        )
+    version = value.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        body = {key: item for key, item in value.items() if key != "sha256"}
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        if not newer:  # of a newer one this code knows nothing, not even how it is sealed
+            _compare_sealed(path, _sealed(body), data)
+        value = upgrade_index(body, version, FORMAT_VERSION, path)
     try:
         index = _index_from_json(value, path)
     except (KeyError, TypeError) as error:
         raise StoreError(
             f"{path} lacks a field or has one of the wrong type ({error}); restore it from a backup"
         ) from error
-    # Rendering again and comparing bytes checks the checksum, and that no byte differs from what everlora writes.
-    if index.dump() != data:
+    if version == FORMAT_VERSION:
+        _compare_sealed(path, index.dump(), data)
+    return index, version
+
+
+def _compare_sealed(path: Path, expected: bytes, found: bytes) -> None:
+    """Comparing what would be written checks the checksum, and that no byte differs from what everlora writes."""
+    if expected != found:
         raise StoreError(f"{path} has a wrong checksum: it was changed after it was written; restore it from a backup")
-    return index
 
 
 def _index_from_json(value: Mapping[str, Any], path: Path) -> Index:
@@ -176,7 +195,7 @@ def read_manifest(root: Path, folder: str, name: str, sha256: str) -> dict[str, 
     path = inside(root, f"{folder}/{name}")
     data = read_bytes(path, limit=MAX_JSON_BYTES)
     _compare(path, data, sha256)
-    value = load_json(data, path)
+    value = upgrade_manifest(load_json(data, path), FORMAT_VERSION, path)
     if not isinstance(value.get("files"), dict):
         raise StoreError(f"{path} lists no files; restore it from a backup")
     return value

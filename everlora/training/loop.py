@@ -15,6 +15,7 @@ from everlora.errors import OptionError, UnsupportedError
 from everlora.methods.base import Batch, Method, TaskInfo
 from everlora.streams.augment import augment
 from everlora.streams.keyed import fold_key
+from everlora.training.checkpoint import Checkpoints, Saver
 from everlora.training.data import TaskData
 from everlora.training.epochs import Epochs
 from everlora.training.options import Length, TrainingOptions, steps_per_epoch
@@ -57,7 +58,13 @@ class TaskTrainer:
     """Teach one task to a method; it sees the task's training rows and nothing else."""
 
     def __init__(
-        self, backbone: Backbone, method: Method, options: TrainingOptions, *, progress: Progress | None = None
+        self,
+        backbone: Backbone,
+        method: Method,
+        options: TrainingOptions,
+        *,
+        progress: Progress | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.backbone = backbone
         self.method = method
@@ -66,6 +73,8 @@ class TaskTrainer:
         self.progress = progress or _silent
         self.processes = Processes()
         self.collect_seconds = 0.0
+        self._checkpoints = checkpoints
+        self.saver = Saver(method, None)
 
     def learn(self, task: TaskInfo, data: TaskData, validation: TaskData | None = None) -> TrainingReport:
         """Run all hooks of a task.
@@ -80,10 +89,12 @@ class TaskTrainer:
             OptionError: an option that does not fit the model.
             UnsupportedError: options that the network or the method cannot follow.
             ProcessError: another one of the processes that train together failed.
+            InterruptedLearning: somebody asked for a stop; a checkpoint was written, where there are any.
         """
         started, self.collect_seconds = time.monotonic(), 0.0
         self._check_options()
         self.processes = processes(self.device)
+        self.saver = Saver(self.method, self._checkpoints, is_first=self.processes.is_first)
         if not self.processes.is_first:
             self.progress = _silent
         self.method.sum_over_processes = self.processes.sum  # type: ignore[method-assign]
@@ -95,6 +106,7 @@ class TaskTrainer:
 
     def _learn(self, task: TaskInfo, data: TaskData, validation: TaskData | None, started: float) -> TrainingReport:
         collector = _Collector(self, task, data, validation)
+        self.saver.begin(task.name)
         self.method.begin_task(task, collector)
         groups = {name: params for name, params in self.method.parameters().items() if params}
         trainable = sum(p.numel() for params in groups.values() for p in params)
@@ -102,6 +114,7 @@ class TaskTrainer:
         training = Epochs(self, task, data, validation)
         if groups:
             training.run(groups)
+        self.saver.finish_training(training.progress)
         trained = time.monotonic()
         self.method.end_task(task, collector)
         total = time.monotonic() - started
@@ -117,7 +130,13 @@ class TaskTrainer:
         )
 
     def batches(
-        self, data: TaskData, stage: str, *, epoch: int | None = None, max_batches: int | None = None
+        self,
+        data: TaskData,
+        stage: str,
+        *,
+        epoch: int | None = None,
+        max_batches: int | None = None,
+        skip: int = 0,
     ) -> Iterator[tuple[Tensor, Batch]]:
         """Go through all rows in evaluation mode, texts of like length together.
 
@@ -126,6 +145,7 @@ class TaskTrainer:
             stage: name for the progress callback.
             epoch: key of the augmentation, or None for the evaluation transform.
             max_batches: stop early.
+            skip: leave out so many of the first batches.
 
         Yields:
             Row numbers `(m,)` and the batch.
@@ -134,9 +154,9 @@ class TaskTrainer:
         lengths = self.backbone.lengths(data.encoded)
         order = torch.arange(len(data)) if lengths is None else torch.as_tensor(lengths).argsort(stable=True)
         batches = torch.split(order, self.options.eval_batch_size)[:max_batches]
-        for done, rows in enumerate(batches):
+        for done, rows in enumerate(batches[skip:], start=skip + 1):
             yield rows, self.batch(data, rows, epoch=epoch)
-            self.progress(stage, done + 1, len(batches))
+            self.progress(stage, done, len(batches))
 
     def encode(
         self,
@@ -146,6 +166,7 @@ class TaskTrainer:
         before: Callable[[Batch], None] | None = None,
         epoch: int | None = None,
         max_batches: int | None = None,
+        skip: int = 0,
     ) -> Iterator[tuple[Tensor, Batch]]:
         """Run the encoder without gradients over all rows.
 
@@ -155,11 +176,12 @@ class TaskTrainer:
             before: called with each batch before the encoder runs.
             epoch: key of the augmentation, or None for the evaluation transform.
             max_batches: stop early.
+            skip: leave out so many of the first batches.
 
         Yields:
             Row numbers `(m,)` and the batch with its features.
         """
-        for rows, batch in self.batches(data, stage, epoch=epoch, max_batches=max_batches):
+        for rows, batch in self.batches(data, stage, epoch=epoch, max_batches=max_batches, skip=skip):
             if before is not None:
                 before(batch)
             with torch.no_grad(), self.autocast():
@@ -260,12 +282,14 @@ class _Collector:
             return 0
         # the epoch of a pass lies below 0 and is its own, so its draws differ from those of training
         epoch = -1 - fold_key(stage) % 1_000_003 if augment and not validation else None
-        seen = 0
-        batches = self.trainer.encode(data, stage, before=before, epoch=epoch, max_batches=max_batches)
+        saver = self.trainer.saver
+        done, seen = saver.enter_pass(stage)
+        batches = self.trainer.encode(data, stage, before=before, epoch=epoch, max_batches=max_batches, skip=done)
         for rows, batch in batches:
             if visit is not None and batch.features is not None:
                 visit(batch, batch.features)
-            seen += len(rows)
+            done, seen = done + 1, seen + len(rows)
+            saver.after_batch(stage, done, seen)
         self.trainer.collect_seconds += time.monotonic() - started
         return seen
 

@@ -11,8 +11,10 @@ from everlora.experiments.claims import Verdict, compared, joined, judge, only_z
 from everlora.experiments.schema import ClaimSpec, Figure
 from everlora.report.claims import _UNITS, claims_caption, format_claims
 from everlora.report.figures import run_figures
+from everlora.report.language import language_values
 from everlora.report.table import grouped_matrices
 from tests.report.conftest import sample_results
+from tests.report.language_results import language_results
 
 
 def seeds(*values: float) -> dict[int | None, float]:
@@ -161,4 +163,5 @@ def test_every_figure_a_recipe_may_name_is_measured_and_has_words() -> None:
     results = sample_results()
     run, matrix = next(iter(grouped_matrices(results).values()))[0]
     assert set(get_args(Figure)) == set(_UNITS)
-    assert set(get_args(Figure)) <= set(run_figures(run, matrix, None))
+    of_language = next(iter(language_values(language_results())["double"].values()))
+    assert set(get_args(Figure)) <= {*run_figures(run, matrix, None), *of_language}

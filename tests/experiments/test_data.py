@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from everlora.errors import DataError
-from everlora.experiments import data as module
-from everlora.experiments.data import build_stream, locate, read_splits
+from everlora.experiments import sources as module
+from everlora.experiments.data import build_stream, read_splits
 from everlora.experiments.recipe import load_recipe, parse_recipe, stream_of
 from everlora.experiments.schema import ColumnNames, DataSpec
+from everlora.experiments.sources import locate
 
 HUB = DataSpec(hub="owner/set", shared="set", columns=ColumnNames(label="intent"))
 

@@ -8,6 +8,7 @@ from everlora import Learner, run
 from everlora.errors import DataError, OptionError, StoreError, UnsupportedError
 from everlora.experiments.plan import make_plan, row_options
 from everlora.experiments.records import RunRecord
+from everlora.store import LearnerStore
 
 ROWS = ["inflora", "sequential", "probe", "joint"]
 
@@ -105,7 +106,7 @@ def test_an_interrupted_run_goes_on_after_its_last_task(start, monkeypatch, mome
 
         return wrapped
 
-    owner, name = (Learner, "_write") if moment == "while learning" else (RunRecord, "append")
+    owner, name = (LearnerStore, "write_task") if moment == "while learning" else (RunRecord, "append")
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, stop_at_the_second(getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):

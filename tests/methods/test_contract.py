@@ -40,6 +40,27 @@ ROWS = [
     ("independent", {"train": "all", "lr": 1e-3}),
     ("packnet", {"prune": 0.5}),
     ("pnn", {}),
+    ("o_lora", {}),
+    ("o_lora", {"orth_norm": "fro2", "lambda_2": 0.01}),
+]
+# those that run on causal language models, with other tests
+LANGUAGE_ROWS: list[tuple[str, dict]] = [
+    ("i_lora", {}),
+    ("i_lora", {"selective_update": True, "buffer_insert": "online", "consistency_mode": "one_sided"}),
+    ("i_lora", {"preset": "llmcl_effective"}),
+    ("i_lora", {"preset": "easycl"}),
+    ("i_lora", {"use_ilora": False}),
+    ("o_lora", {}),
+    ("sequential", {}),
+    ("joint", {}),
+    ("replay", {}),
+    ("lwf", {"warmup_epochs": 1}),
+    ("ewc", {}),
+    ("inflora", {}),
+    ("inflora_opt", {}),
+    ("sd_lora", {}),
+    ("sd_lora_rr", {"rank_schedule": {0: 3, 1: 2}}),
+    ("sd_lora_kd", {}),
 ]
 IN_TURN = [row for row in ROWS if row[0] != "joint"]
 CASES = [(name, options, kind) for name, options in ROWS for kind in ("vit", "bert")]
@@ -70,7 +91,7 @@ def _base_weights(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def test_every_registered_name_has_a_row() -> None:
-    assert {entry.name for entry in list_methods()} == {name for name, _ in ROWS}
+    assert {entry.name for entry in list_methods()} == {name for name, _ in [*ROWS, *LANGUAGE_ROWS]}
 
 
 @pytest.mark.parametrize(("name", "options", "kind"), CASES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,73 +13,7 @@ import pytest
 
 from everlora.store import LearnerStore
 from tests.store.builders import HEADER, add_task, make_learner, snapshot
-
-STEPS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "write")
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it, as nothing catches a kill."""
-
-
-class Countdown:
-    """Lets a number of steps through, then dies before the next one, after it, or half-way through a write."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, survive: int, moment: str) -> None:
-        self.left = survive
-        self.moment = moment
-        for name in STEPS[:-1]:
-            patch.setattr(os, name, self._wrap(getattr(os, name)))
-        real_open = Path.open
-
-        def open_counted(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            file = real_open(path, mode, *args, **kwargs)
-            return _CountedFile(file, self) if "x" in mode else file
-
-        patch.setattr(Path, "open", open_counted)
-
-    def _wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            dies = self.step()
-            if dies and self.moment == "before":
-                raise Killed
-            result = real(*args, **kwargs)
-            if dies:
-                raise Killed
-            return result
-
-        return step
-
-    def step(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
-class _CountedFile:
-    """A file whose write may stop half-way, as a process killed or a disk cut off would leave it."""
-
-    def __init__(self, file: Any, countdown: Countdown) -> None:
-        self.file = file
-        self.countdown = countdown
-
-    def __enter__(self) -> _CountedFile:
-        return self
-
-    def __exit__(self, *_details: object) -> None:
-        self.file.close()
-
-    def write(self, data: bytes) -> None:
-        if self.countdown.step():
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            raise Killed
-        self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def fileno(self) -> int:
-        return int(self.file.fileno())
-
+from tests.store.faults import Countdown, Killed
 
 def _die_everywhere(
     action: Callable[[Path], None],
@@ -101,7 +34,7 @@ def _die_everywhere(
                 died = True
             else:
                 died = False
-        assert died == (countdown.left < 0)
+        assert died == countdown.struck
         check(root)
         shutil.rmtree(root)
         if not died:

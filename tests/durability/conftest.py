@@ -1,0 +1,28 @@
+"""What the tests of durability share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.toy import tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder of texts."""
+    return tiny_model("bert", tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder of images."""
+    return tiny_model("vit", tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That fsync itself works is the system's affair, and it is slow."""
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
