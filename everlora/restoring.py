@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from everlora.errors import EverloraError, StoreError
-from everlora.methods.base import Method, State, task_key
+from everlora.methods.base import Method, State
+from everlora.methods.keys import task_key
 from everlora.snapshot import join_state
 from everlora.store import LearnerStore
 
@@ -62,6 +63,8 @@ def _compare(written: State, found: State, store: LearnerStore) -> None:
 def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
     """Type and shape of every tensor; of other values that they are there."""
     return {
-        name: f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}" if isinstance(value, Tensor) else "value"
+        name: f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else "value"
         for name, value in state.items()
     }

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everlora.methods.base import State, task_key
+from everlora.methods.base import State
+from everlora.methods.keys import task_key
 from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, from_peft_tensors, lora_config, to_peft_tensors
 from everlora.store import LearnerStore
 

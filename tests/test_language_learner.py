@@ -77,7 +77,7 @@ def test_refusals_say_what_to_do(model: Path, tmp_path: Path) -> None:
         Learner.create(tmp_path / "a", model=model, method="ncm", scenario="language")
     with pytest.raises(OptionError, match="instrction"):
         Learner.create(tmp_path / "a", model=model, method="replay", columns={"instrction": "x"}, scenario="language")
-    with pytest.raises(OptionError, match="encoder|language model"):
+    with pytest.raises(OptionError, match="a language model takes no"):
         Learner.create(tmp_path / "a", model=model, method="replay", pooling="mean", **FAST)
     with pytest.raises(OptionError, match="language"):
         Learner.create(tmp_path / "a", model=model, method="ncm", template="plain")
@@ -112,7 +112,9 @@ def test_from_a_file_of_rows_to_an_adapter_that_writes_the_same(shared: Path, tm
     import subprocess
     import sys
 
-    rows = [{"prompt": f"Question {i}: what follows {i}?", "answer": f"The number {i + 1} follows."} for i in range(200)]
+    rows = [
+        {"prompt": f"Question {i}: what follows {i}?", "answer": f"The number {i + 1} follows."} for i in range(200)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model = shared / "models" / "stories260K"
 
@@ -144,6 +146,9 @@ def test_from_a_file_of_rows_to_an_adapter_that_writes_the_same(shared: Path, tm
         ids = [tokenizer.bos_token_id, *tokenizer(f"{prompt}\n", add_special_tokens=False)["input_ids"]]
         with torch.no_grad():
             written = served.generate(
-                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids)),
+                max_new_tokens=24,
+                do_sample=False,
             )[0, len(ids) :]
         assert tokenizer.decode(written, skip_special_tokens=True).strip() == answer.strip()

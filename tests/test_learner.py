@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 from everlora import Learner
-from everlora.errors import DataError, LockedError, ModelError, NumericError, OptionError, StoreError, UnsupportedError
+from everlora.errors import DataError, LockedError, ModelError, NumericError, OptionError, StoreError
 from everlora.status import read_status
 from everlora.streams import concatenate
 from tests.toy import FAST, tiny_model, toy_images, toy_learner, toy_tasks, toy_texts

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from everlora.callbacks.adapters import evaluating
 from everlora.callbacks.regularizer import Examples
 from everlora.errors import DataError, NumericError
-from everlora.methods.base import keyed_generator
+from everlora.methods.keys import keyed_generator
 
 __all__ = ["fisher_information", "single_rows"]
 

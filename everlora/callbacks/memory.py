@@ -11,7 +11,7 @@ from torch import Tensor
 from everlora.buffer import ReplayBuffer
 from everlora.callbacks.tokens import Batch, TokenRows, collate_rows, collect_rows
 from everlora.errors import OptionError, UnsupportedError
-from everlora.methods.base import keyed_generator
+from everlora.methods.keys import keyed_generator
 
 __all__ = ["TaskMemory"]
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from everlora.errors import DataError, UnsupportedError
-from everlora.heads import Aligner, AlignmentOptions, HeadRows, LanguageHead, TaskHeads
+from everlora.errors import UnsupportedError
+from everlora.heads import HeadRows
 from everlora.lowrank import AdaptedLayer
 from everlora.methods.resuming import Resumable
 
@@ -23,31 +21,17 @@ __all__ = [
     "Batch",
     "Collect",
     "Encoder",
-    "Heads",
     "Loss",
     "Method",
     "Recalled",
     "Share",
     "State",
     "TaskInfo",
-    "aligner_of",
-    "check_classes",
-    "features_by_class",
-    "heads_state",
-    "keyed_generator",
-    "load_head",
-    "load_heads",
-    "make_heads",
-    "realign",
-    "task_key",
-    "tasks_in",
 ]
 
 State = dict[str, Any]
 """Flat mapping name -> tensor or plain JSON value; names under `tasks/000/` are written once, with that task."""
 
-Heads: TypeAlias = TaskHeads | LanguageHead
-"""What turns features into scores; both have the same verbs."""
 ANY_MODALITY = frozenset({"image", "text", "language"})
 
 
@@ -397,104 +381,3 @@ class Method(Resumable, ABC):
             heads: as in `path`.
         """
         return None
-
-
-def keyed_generator(*keys: object) -> torch.Generator:
-    """Return a CPU generator seeded by a hash of `keys`, the same whatever ran before."""
-    digest = hashlib.blake2b("\x1f".join(map(str, keys)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def task_key(index: int, name: str) -> str:
-    """Name of a state entry that belongs to one task for ever."""
-    return f"tasks/{index:03d}/{name}"
-
-
-def tasks_in(state: Mapping[str, Any], name: str) -> int:
-    """Count the tasks, from 0 on, that have an entry `name` in a state."""
-    count = 0
-    while task_key(count, name) in state:
-        count += 1
-    return count
-
-
-def make_heads(encoder: Encoder, init: str = "uniform") -> Heads:
-    """Return heads that grow with the tasks, or the output layer of a causal language model."""
-    output = encoder.output_head
-    return TaskHeads(encoder.feature_dim, init) if output is None else LanguageHead(output)
-
-
-def heads_state(heads: Heads, aligner: Aligner | None) -> State:
-    """Rows of every head: written once, or, when they are realigned after each task, carried on."""
-    state: State = {} if aligner is None else dict(aligner.state())
-    for index, classes in enumerate(heads.classes):
-        prefix = task_key(index, "head/") if aligner is None else f"aligned/{index:03d}/"
-        state |= {f"{prefix}{name}": rows for name, rows in heads.task_rows(index).items()}
-        state[task_key(index, "classes")] = list(classes)
-    return state
-
-
-def load_heads(heads: Heads, aligner: Aligner | None, state: State) -> int:
-    """Put back what `heads_state` returned; return the number of tasks."""
-    count = tasks_in(state, "classes")
-    for index in range(count):
-        load_head(heads, state, index, task_key(index, "head/") if aligner is None else f"aligned/{index:03d}/")
-    if aligner is not None:
-        aligner.load_state(state)
-    return count
-
-
-def load_head(heads: Heads, state: State, index: int, prefix: str) -> None:
-    """Put back the head of one task, whose rows stand under `prefix`."""
-    rows = {name: state[prefix + name] for name in ("weight", "bias") if prefix + name in state}
-    heads.load_task(state[task_key(index, "classes")], **rows)
-
-
-def features_by_class(task: TaskInfo, collect: Collect) -> dict[int, Tensor]:
-    """Features `(n, d)` of each class of the task, without augmentation, on the CPU."""
-    rows: dict[int, list[Tensor]] = {c: [] for c in task.classes}
-
-    def keep(batch: Batch, features: Tensor) -> None:
-        for c in torch.unique(batch.labels).tolist():
-            rows[c].append(features[batch.labels == c].cpu())
-
-    collect(keep, stage="class statistics", augment=False)
-    return {c: torch.cat(parts) for c, parts in rows.items()}
-
-
-def aligner_of(options: Any, encoder: Encoder) -> Aligner | None:
-    """Make the aligner that options ask for; those named `alignment_...` are the fields of `AlignmentOptions`.
-
-    Raises:
-        UnsupportedError: for a causal language model, which has no class heads.
-    """
-    if not options.alignment:
-        return None
-    if encoder.output_head is not None:
-        raise UnsupportedError("alignment is for heads of classes, which a language model has not; leave it out.")
-    names = [field.name for field in dataclasses.fields(AlignmentOptions)]
-    given = {name: getattr(options, f"alignment_{name}") for name in names if hasattr(options, f"alignment_{name}")}
-    return Aligner(AlignmentOptions(**given))
-
-
-def realign(aligner: Aligner | None, heads: Heads, task: TaskInfo, collect: Collect, *, seed: int) -> None:
-    """Realign all heads after a task, with a generator of the task's own; does nothing without an aligner."""
-    if aligner is not None and isinstance(heads, TaskHeads):
-        generator = keyed_generator(seed, task.index, "alignment")
-        aligner.end_task(heads, task.index, features_by_class(task, collect), generator)
-
-
-def check_classes(task: TaskInfo, seen: Sequence[tuple[int, ...]], *, over: str, strict: bool = False) -> None:
-    """Refuse tasks that a locally trained head cannot learn.
-
-    Raises:
-        DataError: a single class under a loss over that class alone; or known classes where `strict` forbids them.
-    """
-    if over == "local" and len(task.classes) == 1:
-        raise DataError(
-            f"task '{task.name}' has one class, which a head trained on that task alone cannot learn; "
-            "use --set loss=seen, the method ncm, or a task of two classes or more."
-        )
-    known = set(task.classes) & {c for classes in seen for c in classes}
-    if strict and known:
-        raise DataError(f"task '{task.name}' repeats {len(known)} known classes, which strict_new_classes forbids.")

@@ -26,7 +26,8 @@ from everlora.lowrank import (
 )
 from everlora.lowrank.compression import allocate_ranks, plan_merge
 from everlora.lowrank.factors import direction_norm
-from everlora.methods.base import State, task_key
+from everlora.methods.base import State
+from everlora.methods.keys import task_key
 from everlora.methods.sealing import ADOPTED, AbsorptionRules, BoundaryRules, MergeRules, Origin, SealedBlocks
 
 __all__ = ["DirectionHistory"]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from everlora.errors import UnsupportedError
 from everlora.lowrank import AdaptedLayer, exchanged
-from everlora.methods.base import Batch, Encoder, Heads, Loss, Recalled, Share
+from everlora.methods.base import Batch, Encoder, Loss, Recalled, Share
+from everlora.methods.classifiers import Heads
 from everlora.methods.consistency import (
     ConsistencyMode,
     ConsistencyRows,

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from everlora.methods.base import Batch, Collect, Encoder, Loss, State, TaskInfo, keyed_generator
+from everlora.methods.base import Batch, Collect, Encoder, Loss, State, TaskInfo
+from everlora.methods.keys import keyed_generator
 from everlora.methods.registry import register
 from everlora.methods.tuned import TunedMethod
 

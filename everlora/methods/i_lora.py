@@ -19,22 +19,13 @@ from torch import Tensor
 
 from everlora.errors import OptionError, nearest
 from everlora.lowrank import exchanged
-from everlora.methods.base import (
-    Batch,
-    Collect,
-    Encoder,
-    Loss,
-    Recalled,
-    State,
-    TaskInfo,
-    heads_state,
-    load_heads,
-    task_key,
-)
+from everlora.methods.base import Batch, Collect, Encoder, Loss, Recalled, State, TaskInfo
+from everlora.methods.classifiers import heads_state, load_heads
 from everlora.methods.consistency import StepTokens
 from everlora.methods.dual_loss import DualLoss
 from everlora.methods.earlier import ContinuesEarlierModel, EarlierFolders, EarlierModel
 from everlora.methods.i_lora_presets import PRESETS
+from everlora.methods.keys import task_key
 from everlora.methods.language_targets import language_targets
 from everlora.methods.moving_average import MovingAverage
 from everlora.methods.registry import register

@@ -34,24 +34,9 @@ from everlora.lowrank import (
     share_down,
 )
 from everlora.lowrank.attach import require_one_group
-from everlora.methods.base import (
-    ANY_MODALITY,
-    Batch,
-    Collect,
-    Encoder,
-    Loss,
-    Method,
-    State,
-    TaskInfo,
-    aligner_of,
-    check_classes,
-    heads_state,
-    keyed_generator,
-    load_heads,
-    make_heads,
-    realign,
-    task_key,
-)
+from everlora.methods.base import ANY_MODALITY, Batch, Collect, Encoder, Loss, Method, State, TaskInfo
+from everlora.methods.classifiers import aligner_of, check_classes, heads_state, load_heads, make_heads, realign
+from everlora.methods.keys import keyed_generator, task_key
 from everlora.methods.registry import register
 
 __all__ = ["InfLoRA", "InfLoRAOptions"]

@@ -25,20 +25,9 @@ from everlora.isolation import (
     unread_children,
 )
 from everlora.lowrank import AdaptedLayer
-from everlora.methods.base import (
-    Batch,
-    Collect,
-    Encoder,
-    Loss,
-    Method,
-    State,
-    TaskInfo,
-    features_by_class,
-    heads_state,
-    keyed_generator,
-    load_heads,
-    task_key,
-)
+from everlora.methods.base import Batch, Collect, Encoder, Loss, Method, State, TaskInfo
+from everlora.methods.classifiers import features_by_class, heads_state, load_heads
+from everlora.methods.keys import keyed_generator, task_key
 
 __all__ = ["IsolatedMethod", "IsolatedOptions"]
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from everlora.lowrank import exchanged
 from everlora.lowrank.modes import evaluating
-from everlora.methods.base import Batch, Collect, Encoder, Heads, Loss, State, TaskInfo
+from everlora.methods.base import Batch, Collect, Encoder, Loss, State, TaskInfo
+from everlora.methods.classifiers import Heads
 from everlora.methods.registry import register
 from everlora.methods.tuned import TunedEncoder, TunedMethod
 

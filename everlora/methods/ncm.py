@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from everlora.errors import NumericError
 from everlora.heads import HeadRows
-from everlora.methods.base import Batch, Collect, Encoder, Loss, Method, State, TaskInfo, task_key, tasks_in
+from everlora.methods.base import Batch, Collect, Encoder, Loss, Method, State, TaskInfo
+from everlora.methods.keys import task_key, tasks_in
 from everlora.methods.registry import register
 
 __all__ = ["NearestClassMean", "NearestClassMeanOptions"]

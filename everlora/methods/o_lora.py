@@ -19,22 +19,9 @@ from everlora.heads import HeadRows
 from everlora.isolation import has_batch_norm
 from everlora.lowrank import AdaptedLayer, LowRankLinear, attach, capped_ranks, find_targets
 from everlora.lowrank.attach import require_one_group
-from everlora.methods.base import (
-    ANY_MODALITY,
-    Batch,
-    Collect,
-    Encoder,
-    Loss,
-    Method,
-    State,
-    TaskInfo,
-    check_classes,
-    heads_state,
-    keyed_generator,
-    load_heads,
-    make_heads,
-    task_key,
-)
+from everlora.methods.base import ANY_MODALITY, Batch, Collect, Encoder, Loss, Method, State, TaskInfo
+from everlora.methods.classifiers import check_classes, heads_state, load_heads, make_heads
+from everlora.methods.keys import keyed_generator, task_key
 from everlora.methods.registry import register
 
 __all__ = ["OLora", "OLoraOptions", "overlap"]

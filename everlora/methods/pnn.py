@@ -14,8 +14,9 @@ from everlora.errors import OptionError, UnsupportedError, nearest
 from everlora.heads import HeadRows
 from everlora.isolation import NormMode, Rule, train_by_mode
 from everlora.isolation.columns import Lateral, Sites, block_sites, channel_dim, draw_anew
-from everlora.methods.base import Batch, Collect, Encoder, Loss, State, TaskInfo, keyed_generator
+from everlora.methods.base import Batch, Collect, Encoder, Loss, State, TaskInfo
 from everlora.methods.isolated import IsolatedMethod
+from everlora.methods.keys import keyed_generator
 from everlora.methods.registry import register
 
 __all__ = ["ProgressiveNetwork", "ProgressiveOptions"]

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from everlora.buffer import ReplayBuffer
 from everlora.errors import UnsupportedError
-from everlora.methods.base import Batch, Collect, Recalled, State, TaskInfo, keyed_generator
+from everlora.methods.base import Batch, Collect, Recalled, State, TaskInfo
+from everlora.methods.keys import keyed_generator
 
 __all__ = ["IGNORED", "Insertion", "Rehearsal", "joined", "stack_rows"]
 

@@ -23,24 +23,10 @@ from everlora.errors import OptionError, TargetError, UnsupportedError
 from everlora.heads import HeadRows
 from everlora.lowrank import AdaptedLayer, Direction, attach, find_targets
 from everlora.lowrank.attach import require_one_group
-from everlora.methods.base import (
-    ANY_MODALITY,
-    Batch,
-    Collect,
-    Encoder,
-    Loss,
-    Method,
-    State,
-    TaskInfo,
-    aligner_of,
-    check_classes,
-    heads_state,
-    keyed_generator,
-    load_heads,
-    make_heads,
-    realign,
-)
+from everlora.methods.base import ANY_MODALITY, Batch, Collect, Encoder, Loss, Method, State, TaskInfo
+from everlora.methods.classifiers import aligner_of, check_classes, heads_state, load_heads, make_heads, realign
 from everlora.methods.direction_history import DirectionHistory
+from everlora.methods.keys import keyed_generator
 from everlora.methods.registry import register
 from everlora.methods.sealing import AbsorptionRules, BoundaryRules, MergeRules, block_name
 

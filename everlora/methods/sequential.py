@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from everlora.methods.base import Collect, Encoder, TaskInfo, aligner_of, realign
+from everlora.methods.base import Collect, Encoder, TaskInfo
+from everlora.methods.classifiers import aligner_of, realign
 from everlora.methods.registry import register
 from everlora.methods.tuned import TunedMethod
 

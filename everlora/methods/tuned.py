@@ -12,24 +12,9 @@ from everlora.errors import UnsupportedError
 from everlora.heads import Aligner, HeadRows
 from everlora.isolation import has_batch_norm, set_statistics_moving
 from everlora.lowrank import AdaptedLayer, attach, capped_ranks, find_targets
-from everlora.methods.base import (
-    ANY_MODALITY,
-    Batch,
-    Collect,
-    Encoder,
-    Loss,
-    Method,
-    State,
-    TaskInfo,
-    check_classes,
-    heads_state,
-    keyed_generator,
-    load_head,
-    load_heads,
-    make_heads,
-    task_key,
-    tasks_in,
-)
+from everlora.methods.base import ANY_MODALITY, Batch, Collect, Encoder, Loss, Method, State, TaskInfo
+from everlora.methods.classifiers import check_classes, heads_state, load_head, load_heads, make_heads
+from everlora.methods.keys import keyed_generator, task_key, tasks_in
 
 __all__ = ["BatchNorms", "Trained", "TunedEncoder", "TunedMethod", "TunedOptions"]
 

@@ -319,8 +319,10 @@ class LearnerStore:
             files = {name: listed["sha256"] for name, listed in data.manifest.items() if name != layout.LOG_FILE}
             tasks.append({"index": entry.index, "name": entry.name, "record": record, "files": files})
         header = {key: value for key, value in self.header.items() if key not in HEADER_KEYS_WITHOUT_EFFECT}
-        for name in _LEARNER_OPTIONS_WITHOUT_EFFECT:
-            header.get("options", {}).get("learner", {}).pop(name, None)
+        options = header.get("options")
+        if isinstance(options, dict) and isinstance(options.get("learner"), dict):
+            for name in _LEARNER_OPTIONS_WITHOUT_EFFECT:
+                options["learner"].pop(name, None)
         # The manifest of the newest state holds its values and the checksum of its arrays, and no clock.
         state = self._index.states[-1].sha256 if self._index.states else None
         value = {"format_version": layout.FORMAT_VERSION, "header": header, "tasks": tasks, "state": state}

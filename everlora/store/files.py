@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -80,14 +81,18 @@ def load_json(data: bytes, path: Path) -> dict[str, Any]:
     """Parse `data`, the content of `path`, as one JSON object.
 
     Raises:
-        StoreError: the text is empty, cut short, nested too deeply, holds NaN, or is not an object.
+        StoreError: the text is empty, cut short, nested too deeply, holds NaN or infinity, or is not an object.
     """
 
     def refuse_constant(word: str) -> Any:
         raise ValueError(f"{word} is not allowed")
 
+    def finite(word: str) -> float:
+        number = float(word)  # 1e999 would become infinity without a word
+        return number if math.isfinite(number) else refuse_constant(word)
+
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse_constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{path} is not valid JSON ({error}): it was cut short or damaged; restore it from a backup"

@@ -196,9 +196,14 @@ def read_manifest(root: Path, folder: str, name: str, sha256: str) -> dict[str, 
     data = read_bytes(path, limit=MAX_JSON_BYTES)
     _compare(path, data, sha256)
     value = upgrade_manifest(load_json(data, path), FORMAT_VERSION, path)
-    if not isinstance(value.get("files"), dict):
-        raise StoreError(f"{path} lists no files; restore it from a backup")
+    files = value.get("files")
+    if not isinstance(files, dict) or not all(_is_listing(listed) for listed in files.values()):
+        raise StoreError(f"{path} lists no files with their sizes and checksums; restore it from a backup")
     return value
+
+
+def _is_listing(listed: object) -> bool:
+    return isinstance(listed, dict) and isinstance(listed.get("sha256"), str) and isinstance(listed.get("size"), int)
 
 
 def read_listed(root: Path, folder: str, files: Mapping[str, Any], name: str) -> bytes:

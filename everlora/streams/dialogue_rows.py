@@ -29,7 +29,7 @@ def parse_row(text: str) -> dict[str, Any]:
     """
     try:
         row = json.loads(text)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         found = f"{text[:40]!r}" if isinstance(text, str) else f"a {type(text).__name__}"
         raise DataError(f"the row is no JSON object, but {found}; load the data with load_dialogues") from error
     try:

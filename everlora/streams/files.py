@@ -152,7 +152,7 @@ def _read_json_lines(path: Path) -> Table:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} line {number} is not JSON ({_reason(error)}); correct it") from error
     return table_from_rows(rows, str(path), folder=path.parent)
 
@@ -161,7 +161,7 @@ def _read_json(path: Path) -> Table:
     text = _read_text(path)
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
             return _read_json_lines(path)
         raise DataError(f"{path} is not JSON ({_reason(error)}); correct it") from error

@@ -209,11 +209,10 @@ class Saver:
         if not (is_asked() and self._is_first):
             return
         saved = state is not None and self._save(state())
-        where = "a checkpoint was written" if saved else "there was nothing to write a checkpoint of"
-        raise InterruptedLearning(
-            f"learning of task '{self._name}' was stopped as asked, and {where}; the same command goes on from the "
-            "newest checkpoint, or from the start of the task."
-        )
+        how = "and a checkpoint was written; the same command goes on from it."
+        if not saved:
+            how = "where nothing could be saved; the same command goes on from the checkpoint before, if there is one."
+        raise InterruptedLearning(f"learning of task '{self._name}' was stopped as asked, {how}")
 
     def _save(self, state: State | None) -> bool:
         """Write a checkpoint; False where there is none to write, or it cannot be written, which stops nothing."""

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from transformers.trainer_callback import TrainerCallback
 
 from everlora.callbacks import ILoraArguments, everlora_trainer
-from everlora.methods.base import keyed_generator
+from everlora.methods.keys import keyed_generator
 
 VOCABULARY = 512
 Rows = list[dict[str, Any]]

@@ -134,7 +134,9 @@ def test_predict_checks_the_output_before_the_model_is_loaded(
 
 def test_eval(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
     _, out, _ = call("eval", "f")
-    assert learner.calls[-1] == ("evaluate", (None, None)) and "Accuracy 80.00 % on 10 rows." in out and "january" in out
+    assert (
+        learner.calls[-1] == ("evaluate", (None, None)) and "Accuracy 80.00 % on 10 rows." in out and "january" in out
+    )
     assert call_json("eval", "f", "test.csv")["counts"]["january"]["correct"] == 8
     assert learner.calls[-1] == ("evaluate", ("test.csv", None))
 

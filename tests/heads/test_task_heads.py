@@ -8,7 +8,7 @@ from torch import nn
 
 from everlora.errors import DataError
 from everlora.heads import TaskHeads
-from everlora.methods.base import keyed_generator
+from everlora.methods.keys import keyed_generator
 
 
 def _heads() -> TaskHeads:

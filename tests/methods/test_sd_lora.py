@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from everlora.errors import NumericError, OptionError
-from everlora.methods.base import keyed_generator
+from everlora.methods.keys import keyed_generator
 from everlora.methods.sd_lora import SDLoRA
 from everlora.settings import Settings
 from tests.methods.sd_lora_builders import (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from everlora import Learner
 from everlora.lowrank import FusedProjection
-from everlora.methods.base import keyed_generator
+from everlora.methods.keys import keyed_generator
 from everlora.methods.sd_lora import SDLoRA
 from tests.methods.sd_lora_builders import WIDTH, ToyEncoder, data, distance, learn, make, weights
 from tests.toy import tiny_model, toy_learner, toy_tasks

@@ -15,6 +15,7 @@ from everlora.store import LearnerStore
 from tests.store.builders import HEADER, add_task, make_learner, snapshot
 from tests.store.faults import Countdown, Killed
 
+
 def _die_everywhere(
     action: Callable[[Path], None],
     prepare: Callable[[Path], Any],
