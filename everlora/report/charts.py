@@ -176,7 +176,7 @@ def line_chart(
     across = across or over_tasks(len(series[0].means))
     low, high, step = nice_range(min(ends), max(ends), scale)
     y_values = [round(low / step + k, 6) * step for k in range(round((high - low) / step) + 1)]
-    texts = [f"{value:g}" for value in y_values]
+    texts = [f"{value + 0.0:g}" for value in y_values]
     margin = max(LEFT, 12.0 + CHARACTER * max(map(len, texts)) + (10.0 if y_label else 0.0))
     first, last = across.values[0], across.values[-1]
 

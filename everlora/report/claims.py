@@ -62,7 +62,10 @@ def format_claims(results: Mapping[str, Any]) -> FormattedTable:
         [claim["id"], claim["claim"], claim["verdict"], _found(claim, labels), claim["published"]]
         for claim in results.get("claims") or []
     ]
-    return FormattedTable(["Claim", "What is claimed", "Verdict", "Found here", "Known of it"], rows)
+    columns = ["Claim", "What is claimed", "Verdict", "Found here", "Known of it"]
+    if not any(row[-1] for row in rows):  # hypotheses of our own, of which no source says anything
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return FormattedTable(columns, rows)
 
 
 def claims_caption(results: Mapping[str, Any]) -> str:
