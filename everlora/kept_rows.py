@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,4 +63,4 @@ def _pack_strings(name: str, strings: list[str]) -> Arrays:
 
 def _unpack_strings(name: str, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
     raw, ends = arrays[f"{name}.bytes"].tobytes(), arrays[f"{name}.ends"].tolist()
-    return [raw[start:end].decode("utf-8") for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return [raw[start:end].decode("utf-8") for start, end in pairwise([0, *ends])]

@@ -13,6 +13,7 @@ from everlora.adapters import adopt_at_start, with_full_path
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
 from everlora.errors import DataError, OptionError, nearest
 from everlora.export import ExportReport, choose_task, network_of
+from everlora.forgetting import Forgets
 from everlora.kept_rows import KEPT_FILE, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
@@ -30,7 +31,7 @@ from everlora.unfinished import Rows, TaskCheckpoints, open_checkpoints
 __all__ = ["Learner"]
 
 
-class Learner:
+class Learner(Forgets):
     """A pretrained model, a method and the tasks it has learned, in one directory.
 
     Use `Learner.create` or `Learner.open`. The directory is locked only while a task is learned or rolled back. Of

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Counts", "Evaluation", "LanguageEvaluation", "LanguageScore", "Prediction", "TaskResult"]
+__all__ = ["Counts", "Evaluation", "Forgotten", "LanguageEvaluation", "LanguageScore", "Prediction", "TaskResult"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,21 @@ class Counts:
     def accuracy(self) -> float:
         """`correct / size`, in [0, 1]."""
         return self.correct / self.size
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What left a learner on request, and what could not.
+
+    Attributes:
+        left: how much, by kind: `buffer_rows`, `validation_rows`, `class_means`, `gaussians`, `prototypes`,
+            `checkpoints` (of an unfinished task, which begins anew), `removed_files` (of what was put aside before);
+            `earlier_...` in states kept for `rollback`. Empty when nothing was found, and nothing was changed then.
+        remaining: sentences on what stays, and on rows that could not be looked at.
+    """
+
+    left: Mapping[str, int]
+    remaining: tuple[str, ...]
 
 
 @dataclass(frozen=True)

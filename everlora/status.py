@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from everlora.store import FORMAT_VERSION, LearnerStore, TaskData
+from everlora.store import FORGOTTEN, FORMAT_VERSION, LearnerStore, TaskData
 
 __all__ = ["read_status"]
 
@@ -20,7 +20,8 @@ def read_status(path: str | Path) -> dict[str, Any]:
     Returns:
         A mapping of plain values. `method`, `scenario`, `model` (where the base lies), `base_sha256`, `options`,
         `columns`, `keep_states` and `created` come from the learner; `labels` lists all labels in the order they were
-        first seen; `digest` is the learner's. `tasks` has one mapping per task:
+        first seen; `digest` is the learner's; `forgotten` lists what left on request: `when`, `left` (how much, by
+        kind), `reason` and a hash of the `request`. `tasks` has one mapping per task:
 
         - `index` (from 0), `name`, `folder`, `labels`, `new_labels`, `known_labels`, `num_examples`, `num_validation`,
           `num_truncated`, `created`;
@@ -52,6 +53,7 @@ def read_status(path: str | Path) -> dict[str, Any]:
         "created": header.get("created"),
         "keep_states": store.keep_states,
         "digest": store.digest,
+        "forgotten": list(header.get(FORGOTTEN, [])),
         "num_tasks": len(tasks),
         "labels": list(dict.fromkeys(label for task in described for label in task["labels"])),
         "accuracy_when_learned": _mean([task["accuracy_when_learned"] for task in described]),

@@ -50,7 +50,7 @@ class TaskCheckpoints:
     def __init__(
         self, root: Path, task: Mapping[str, Any], interval: Interval, *, resumed: Checkpoint | None, writes: bool
     ) -> None:
-        self.resumed = resumed
+        self.resumed: Checkpoint | None = resumed
         self._root = root
         self._task = task
         self._interval = interval
@@ -70,6 +70,7 @@ class TaskCheckpoints:
         """
         if not self._writes or self._interval.never:
             return False
+        self.resumed = None  # it is in its place, or out of date, and need not fill the memory
         try:
             write_checkpoint(self._root, task=self._task, values=checkpoint.values, arrays=checkpoint.arrays)
         finally:  # a disk that refuses is not asked again at each step

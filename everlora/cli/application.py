@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from everlora import __version__
-from everlora.cli import catalogue, doctoring, learning, managing, runs, using
+from everlora.cli import catalogue, doctoring, forgetting, learning, managing, runs, using
 from everlora.cli.parameters import Debug
 from everlora.errors import EverloraError
 
@@ -32,6 +32,7 @@ VERBS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("status", managing.status),
     ("export", managing.export),
     ("rollback", managing.rollback),
+    ("forget", forgetting.forget),
     ("run", runs.run),
     ("recipes", runs.recipes),
     ("methods", catalogue.methods),
@@ -117,7 +118,7 @@ def _explain(error: BaseException) -> int:
         _complain(_usage_sentence(error))
         return WRONG_USE
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        _complain("interrupted; a learner folder is left as it was before this command.")
+        _complain("interrupted; what a learner has learnt is as it was before this command.")
         return INTERRUPTED
     if isinstance(error, EverloraError):
         _complain(_sentence(error))

@@ -29,6 +29,9 @@ def status(folder: Folder, *, as_json: AsJson = False, debug: Debug = False) -> 
 def _print_status(folder: Path, report: Mapping[str, Any]) -> None:
     tasks, labels = report["tasks"], report["labels"]
     output.line(f"{folder}: {report['method']}, {report['scenario']}, model {report['model']}")
+    for entry in report["forgotten"]:
+        reason = f" ({entry['reason']})" if entry["reason"] else ""
+        output.line(f"Forgotten on request, {entry['when']}: {output.kinds(entry['left'])}{reason}")
     if report["scenario"] == "language":
         _print_language(tasks)
         return

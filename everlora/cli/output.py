@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["count", "duration", "emit_json", "line", "listing", "percent", "plain", "signed_percent", "table"]
+__all__ = ["count", "duration", "emit_json", "kinds", "line", "listing", "percent", "plain", "signed_percent", "table"]
 
 _WIDTH_WITHOUT_TERMINAL = 160
 _NOTHING = {"", "-", "–"}  # noqa: RUF001 - the en dash that reports write where a number does not exist
@@ -102,6 +102,13 @@ def duration(seconds: float | None) -> str:
 def count(number: int, noun: str) -> str:
     """`1 task`, `2 tasks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def kinds(counts: Mapping[str, int]) -> str:
+    """`3 buffer rows, 1 validation row` for counts by kind, whose names are plurals."""
+    words = {kind: kind.replace("_", " ") for kind in counts}
+    parts = [f"{n} {words[kind].removesuffix('s') if n == 1 else words[kind]}" for kind, n in sorted(counts.items())]
+    return ", ".join(parts) or "nothing"
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:

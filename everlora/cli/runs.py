@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, Debug, Settings, parse_settings, split_names
+from everlora.cli.parameters import (
+    AsJson,
+    CheckpointEvery,
+    Debug,
+    DiscardUnfinished,
+    Settings,
+    parse_settings,
+    split_names,
+)
 from everlora.cli.progress import StageProgress
 
 __all__ = ["recipes", "run"]
@@ -48,29 +56,38 @@ def run(
             help="Measure accuracy also at N weights on the line between neighbouring tasks; 0 for none.",
         ),
     ] = 0,
+    checkpoint_every: CheckpointEvery = None,
+    discard_unfinished: DiscardUnfinished = False,
     settings: Settings = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe: methods by seeds on a stream of tasks, measured after each, with a table and a report."""
+    """Run a recipe: methods by seeds on a stream of tasks, measured after each, with a table and a report.
+
+    Interrupted, by Ctrl-C for instance, the same command goes on where it was.
+    """
     options = parse_settings(settings)
     numbers = _parse_seeds(seeds)
+    saving: dict[str, Any] = {"checkpoint_every": checkpoint_every, "discard_unfinished": discard_unfinished or None}
     with StageProgress() as progress:
         from everlora.experiments import run as run_recipe
+        from everlora.training import signals_ask
 
-        results = run_recipe(
-            recipe,
-            methods=split_names(methods),
-            seeds=numbers,
-            data=data,
-            model=model,
-            setting=setting,
-            out=out,
-            options=options or None,
-            progress=progress,
-            workers=workers,
-            path_points=path_points,
-        )
+        with signals_ask():
+            results = run_recipe(
+                recipe,
+                methods=split_names(methods),
+                seeds=numbers,
+                data=data,
+                model=model,
+                setting=setting,
+                out=out,
+                options=options or None,
+                progress=progress,
+                workers=workers,
+                path_points=path_points,
+                **{name: value for name, value in saving.items() if value is not None},
+            )
     if as_json:
         output.emit_json(results)
         return

@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def check_finite(arrays: Arrays, start: str = "") -> Iterator[str]:
-    """Weights must be finite, those whose name begins with `start`; other arrays may say NaN for what does not exist."""
+    """Weights, named from `start` on, must be finite; other arrays may say NaN for what does not exist."""
     for name, array in sorted(arrays.items()):
         if name.startswith(start) and array.dtype.kind == "f" and not np.isfinite(array).all():
             count = int(array.size - np.isfinite(array).sum())

@@ -11,6 +11,7 @@ from everlora.doctor.findings import Finding, Severity, broken, note, warning
 from everlora.doctor.folders import REMOVED, entries, is_locked, leads_outside, strays
 from everlora.errors import StoreError
 from everlora.store import FORMAT_VERSION, LearnerStore
+from everlora.store.forgetting import PENDING
 from everlora.store.layout import LEARNER_FILE, read_versioned_index
 
 __all__ = ["examine", "look_at"]
@@ -105,6 +106,11 @@ def _examine_strays(seen: Examination, store: LearnerStore, *, locked: bool) -> 
     folders = {task.folder for task in store.tasks} | {state.folder for state in store.states}
     seen.strays = [stray for stray in strays(seen.root, folders, seen.listed) if stray.path not in seen.links]
     aside = "move it away, or let --repair do it"
+    pending = {str(path) for path in store.header.get(PENDING) or ()}
+    for path in sorted(pending):
+        what = "holds what was to be forgotten, and is not deleted yet"
+        seen.findings.append(warning(path, what, "it goes when the learner is next opened for writing"))
+    seen.strays = [stray for stray in seen.strays if not _is_below(stray.path, pending)]  # to be deleted, not kept
     for stray in seen.strays:
         if stray.kind == "leftover" and locked:
             found = note(stray.path, "is being written now", "wait")
@@ -120,3 +126,7 @@ def _examine_strays(seen: Examination, store: LearnerStore, *, locked: bool) -> 
     if (seen.root / REMOVED).is_dir() and any((seen.root / REMOVED).iterdir()):
         what = "keeps what was rolled back or left over; it is never read"
         seen.findings.append(note(REMOVED, what, "delete it once nothing in it is missed"))
+
+
+def _is_below(path: str, folders: set[str]) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)

@@ -10,7 +10,7 @@ from everlora.doctor.examine import examine, look_at
 from everlora.doctor.findings import Finding
 from everlora.doctor.folders import is_locked
 from everlora.errors import LockedError
-from everlora.store import LearnerStore
+from everlora.store import LearnerStore, finish_forgetting
 from everlora.store.changes import new_removed_folder, take_lock
 from everlora.store.commits import set_aside
 from everlora.store.files import writing
@@ -65,6 +65,8 @@ def repair(path: str | Path, *, go_back: bool = False, model: str | Path | None 
         return Repaired((), None, examine(root, model=model, base=base))
     lock = take_lock(root)
     try:
+        with writing(root):  # what was to be deleted for good must not move to removed/
+            finish_forgetting(root, read_index(root))
         seen = look_at(root, base=False)
         store = LearnerStore(root, read_index(root), lock)
         with writing(root):

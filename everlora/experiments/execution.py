@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from everlora.experiments.records import RunRecord
 from everlora.experiments.retention import own_texts
 from everlora.experiments.traces import bytes_on_disk, pretrained_digest, reference_parameters, tensor_digests
 from everlora.learner import Learner
-from everlora.streams import Stream, concatenate
+from everlora.streams import Examples, Stream, concatenate
+from everlora.training import stop_if_asked
 
 __all__ = ["execute", "run_folder"]
 
@@ -65,7 +66,7 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
     learner = _open_learner(plan, row, record)
     _note_the_start(plan, record, learner, num_classes=len(stream.tasks[0].labels))
     measurement.begin(learner, record, stream)
-    work = _Work(learner, record, stream, measurement, _prefixed(progress, stage))
+    work = _Work(learner, record, stream, measurement, _prefixed(progress, stage), saving=plan.saving)
     if (count := method_row(plan.recipe, row).own_texts) is not None:
         work.rehearse(count, out)
     if learner.trains_on == "stream":
@@ -184,6 +185,7 @@ class _Work:
     measurement: Measurement
     progress: Progress
     extra: int = 0
+    saving: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def rehearse(self, count: int, folder: Path) -> None:
         """Let texts of the pretrained model go by the method's memory before the first task.
@@ -198,7 +200,7 @@ class _Work:
         self.extra = 1
         if not self.learner.tasks:
             rows = own_texts(self.learner, count, folder)
-            self.learner.learn(rows, name="own-texts", progress=self.progress, max_steps=1, lr=_NO_RATE)
+            self._learn(rows, "own-texts", max_steps=1, lr=_NO_RATE)
 
     def learn_in_turn(self, after_each: Callable[[], None], tell: Callable[[int], None]) -> None:
         """Learn the tasks that are still to be learned, each followed by its measurement."""
@@ -213,7 +215,7 @@ class _Work:
             # A run killed between learning and measuring has the task already, and still has to measure it.
             if index == len(learner.tasks) - self.extra:
                 task = self.stream.tasks[index]
-                learner.learn(task.train, name=task.name, progress=self.progress)
+                self._learn(task.train, task.name)
             self.measure(index, learned=index + self.extra)
             after_each()
             tell(index + 1)
@@ -225,8 +227,12 @@ class _Work:
         if not self.learner.tasks:
             longer: dict[str, Any] = {} if steps is None else {"max_steps": steps * len(tasks)}
             rows = concatenate([task.train for task in tasks])
-            self.learner.learn(rows, name="all-tasks", progress=self.progress, **longer)
+            self._learn(rows, "all-tasks", **longer)
         self.measure(len(tasks) - 1, learned=0)
+
+    def _learn(self, rows: Examples, name: str, **training: Any) -> None:
+        stop_if_asked()
+        self.learner.learn(rows, name=name, progress=self.progress, **self.saving, **training)
 
     def measure(self, index: int, *, learned: int) -> None:
         """Fill row `index`; `learned` is the task of the learner whose cost and figures belong to it."""

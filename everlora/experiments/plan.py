@@ -42,6 +42,7 @@ class Plan:
         data: data given instead of the recipe's.
         options: options given for every row.
         path_points: places at which accuracy is measured between two tasks' weights; decides no other number.
+        saving: how the task that is being learned is saved, as `Learner.learn` takes it; decides no number.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Plan:
     data: Any = None
     options: Given = field(default_factory=dict)
     path_points: int = 0
+    saving: Given = field(default_factory=dict)
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -82,6 +84,7 @@ class Plan:
             "data": data,
             "options": dict(self.options),
             "path_points": self.path_points,
+            "saving": dict(self.saving),
         }
 
     @classmethod
@@ -97,6 +100,7 @@ class Plan:
             data=values["data"],
             options=values["options"],
             path_points=values.get("path_points", 0),
+            saving=values.get("saving", {}),
         )
 
 

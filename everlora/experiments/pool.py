@@ -16,6 +16,7 @@ from typing import IO, Any
 from everlora import errors
 from everlora.errors import EverloraError
 from everlora.experiments.data import Progress
+from everlora.training import answering, is_asked
 
 __all__ = ["run_jobs"]
 
@@ -26,6 +27,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 _LAST_CHARACTERS = 2000
 
 
+@answering()
 def run_jobs(plan_file: Path, jobs: Sequence[Job], *, workers: int, progress: Progress) -> None:
     """Run every job in one of `workers` processes; each process takes the next job when it is done with one.
 
@@ -36,7 +38,8 @@ def run_jobs(plan_file: Path, jobs: Sequence[Job], *, workers: int, progress: Pr
         progress: called from one thread at a time.
 
     Raises:
-        EverloraError: the first error of a job, as the same class; the other processes are ended.
+        EverloraError: the first error of a job, as the same class; the other processes are asked to stop. Also where
+            somebody asked this process.
         RuntimeError: a process died; the end of what it wrote is quoted.
     """
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -48,7 +51,12 @@ def run_jobs(plan_file: Path, jobs: Sequence[Job], *, workers: int, progress: Pr
     try:
         for worker in crew:
             worker.start()
+        asked = False
         while any(worker.is_alive() for worker in crew) and not failures:
+            if is_asked() and not asked:
+                asked = True
+                for worker in crew:
+                    worker.ask()
             for worker in crew:
                 worker.join(timeout=0.2)
     finally:
@@ -92,6 +100,10 @@ class _Worker(threading.Thread):
                 self._do(job)
         except BaseException as error:  # the caller's thread raises it
             self._failures.append(error)
+
+    def ask(self) -> None:
+        """Ask the process to save the task that it learns and to stop."""
+        self._process.terminate()
 
     def stop(self) -> None:
         """End the process, whatever it is doing, and wait for it and for this thread."""

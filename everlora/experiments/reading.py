@@ -57,8 +57,10 @@ def parse_yaml(text: str, *, file: str) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be read"
         raise OptionError(f"{file}{where}: not a valid YAML file: {problem}; correct the line.") from error
-    # What PyYAML's own constructors raise on dates, numbers and tags that only look like ones, and on deep nesting.
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except RecursionError as error:
+        raise OptionError(f"{file}: is nested too deeply to be a recipe; check its brackets.") from error
+    # What PyYAML's own constructors raise on dates, numbers and tags that only look like ones.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise OptionError(f"{file}: holds a value that YAML cannot read ({error}); put it into quotes.") from error
     if not isinstance(document, dict):
         found = "nothing" if document is None else type(document).__name__

@@ -26,6 +26,7 @@ from everlora.experiments.recipe import recipe_text
 from everlora.experiments.records import read_json, write_json
 from everlora.experiments.schema import PublishedFigure
 from everlora.report import write_report
+from everlora.training import Interval
 
 __all__ = ["run"]
 
@@ -68,11 +69,13 @@ def run(
     progress: Progress | None = None,
     workers: int | None = None,
     path_points: int = 0,
+    checkpoint_every: str | int | None = None,
+    discard_unfinished: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe: every method with every seed, measured after each task.
 
-    Rows already complete in `out` are not run again, and a row that was interrupted goes on after its last task; so
-    the same call resumes, and a call with more methods or seeds adds to the folder.
+    Rows already complete in `out` are not run again, and a row that was interrupted goes on where it was, also within
+    a task; so the same call resumes, and a call with more methods or seeds adds to the folder.
 
     Args:
         recipe: name of a packaged recipe, or path of a YAML file.
@@ -92,6 +95,8 @@ def run(
         path_points: measure accuracy on the test rows also at this many weights on the straight line from half a step
             before each task's model to half a step after the next one's; 0 for none. A folder without them gets them
             by the same call with this argument, and nothing is learned again.
+        checkpoint_every: how often the task that is being learned is saved, as the learner's option of that name.
+        discard_unfinished: put what is left of interrupted tasks aside instead of going on with them.
 
     Returns:
         The content of `results.json`, and `folder`, where it lies.
@@ -101,9 +106,14 @@ def run(
         DataError: the data cannot be found or does not fit the recipe.
         ModelError: no base model can be found.
         UnsupportedError: several workers with data in memory.
+        InterruptedLearning: somebody asked for a stop.
     """
     if path_points:
         path_positions(path_points)
+    saving: dict[str, Any] = {"discard_unfinished": True} if discard_unfinished else {}
+    if checkpoint_every is not None:
+        Interval.of(checkpoint_every)
+        saving["checkpoint_every"] = str(checkpoint_every)
     text = recipe_text(recipe)
     plan = make_plan(
         text,
@@ -115,7 +125,7 @@ def run(
         data=data,
         options=options,
     )
-    plan = dataclasses.replace(plan, path_points=path_points)
+    plan = dataclasses.replace(plan, path_points=path_points, saving=saving)
     workers = _number_of_workers(workers, plan)
     _warn_of_missing_paths(plan)
     report = progress or _silent

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from everlora.errors import DataError
+
 __all__ = ["RULES", "Recogniser", "Rule", "fit_temperature"]
 
 Rule: TypeAlias = Literal["max_softmax", "entropy", "energy", "prototype", "mahalanobis", "concat"]
@@ -162,6 +164,10 @@ class Recogniser:
             means = torch.cat([entry["means"] for entry in self._tasks]).double()
             counts = [len(entry["means"]) for entry in self._tasks]
             owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+            kept = torch.isfinite(means).all(dim=1)  # a class that was forgotten on request has no numbers here
+            means, owners = means[kept], owners[kept]
+            if not len(means):
+                raise DataError("every class was forgotten on request, so no task can be recognised; learn a task anew")
             if self.rule == "prototype":
                 self._fitted = means, means.new_zeros(len(means)), owners
             else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from everlora.errors import UnsupportedError
 from everlora.heads import HeadRows
 from everlora.lowrank import AdaptedLayer
+from everlora.methods.forgetting import TRAINED, Forgetting
 from everlora.methods.resuming import Resumable
 
 __all__ = [
@@ -322,6 +323,18 @@ class Method(Resumable, ABC):
     @abstractmethod
     def load_state(self, state: State) -> None:
         """Restore what `state` returned, on a newly made method."""
+
+    def forget(self, request: Forgetting) -> dict[str, int]:
+        """Let rows, and statistics of whole classes, leave a state: this method's newest, an earlier one or a part.
+
+        Nothing else of the method changes; it is made anew from the state. What cannot leave is said with
+        `request.remains`.
+
+        Returns:
+            How much left, by kind; empty where the state holds nothing of the kind.
+        """
+        request.remains(TRAINED)
+        return {}
 
     @abstractmethod
     def head_rows(self) -> HeadRows:

@@ -24,6 +24,7 @@ from everlora.methods.classifiers import heads_state, load_heads
 from everlora.methods.consistency import StepTokens
 from everlora.methods.dual_loss import DualLoss
 from everlora.methods.earlier import ContinuesEarlierModel, EarlierFolders, EarlierModel
+from everlora.methods.forgetting import Forgetting, forget_rows
 from everlora.methods.i_lora_presets import PRESETS
 from everlora.methods.keys import task_key
 from everlora.methods.language_targets import language_targets
@@ -349,6 +350,11 @@ class ILora(TunedMethod, ContinuesEarlierModel):
         self._start_from(plastic, factors_under(saved if self.options.save_ema_adapter else _CARRIED, state))
         self._carry_on(state)
         self.history.entries = list(state["history"])
+
+    def forget(self, request: Forgetting) -> dict[str, int]:
+        """Let rows leave the buffer."""
+        earlier = len(self.history.entries) - len(self.heads.classes)
+        return {**super().forget(request), **forget_rows(request, first_task=earlier)}
 
     def _start_from(self, plastic: Factors, stable: Factors) -> None:
         """Put both adapters in place; they are not drawn any more."""

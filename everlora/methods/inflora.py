@@ -36,6 +36,7 @@ from everlora.lowrank import (
 from everlora.lowrank.attach import require_one_group
 from everlora.methods.base import ANY_MODALITY, Batch, Collect, Encoder, Loss, Method, State, TaskInfo
 from everlora.methods.classifiers import aligner_of, check_classes, heads_state, load_heads, make_heads, realign
+from everlora.methods.forgetting import Forgetting, forget_gaussians
 from everlora.methods.keys import keyed_generator, task_key
 from everlora.methods.registry import register
 
@@ -215,6 +216,10 @@ class InfLoRA(Method):
         for name, layer in self._layers.items():
             blocks = [task_key(index, f"adapter/{name}/") for index in range(count)]
             layer.load_past([state[key + "down"] for key in blocks], [state[key + "up"] for key in blocks])
+
+    def forget(self, request: Forgetting) -> dict[str, int]:
+        """Let Gaussians of classes go, where heads are realigned."""
+        return {**super().forget(request), **forget_gaussians(request)}
 
     def _trace_groups(self, collect: Collect) -> dict[str, list[str]]:
         """Group the layers that read the same tensor, in one traced forward pass."""

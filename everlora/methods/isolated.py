@@ -27,6 +27,7 @@ from everlora.isolation import (
 from everlora.lowrank import AdaptedLayer
 from everlora.methods.base import Batch, Collect, Encoder, Loss, Method, State, TaskInfo
 from everlora.methods.classifiers import features_by_class, heads_state, load_heads
+from everlora.methods.forgetting import Forgetting, forget_prototypes
 from everlora.methods.keys import keyed_generator, task_key
 
 __all__ = ["IsolatedMethod", "IsolatedOptions"]
@@ -204,6 +205,10 @@ class IsolatedMethod(Method):
             self.recogniser.load_state(_below(state, task_key(index, "recognition/")))
         self.recogniser.load_carried(_below(state, "recognition/"))
         self.activate(None)  # whoever moves the encoder to its device next is to find the pretrained modules in it
+
+    def forget(self, request: Forgetting) -> dict[str, int]:
+        """Let prototypes of classes go."""
+        return {**super().forget(request), **forget_prototypes(request)}
 
     def _module_state(self, index: int) -> State:
         """Tensors of a task's own modules: `adapter/LAYER/down` and `up` as PEFT shapes them, `module/PATH/NAME`."""

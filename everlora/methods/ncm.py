@@ -12,9 +12,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from everlora.errors import NumericError
+from everlora.errors import DataError, NumericError
 from everlora.heads import HeadRows
 from everlora.methods.base import Batch, Collect, Encoder, Loss, Method, State, TaskInfo
+from everlora.methods.forgetting import INSEPARABLE, Forgetting, forget_sums
 from everlora.methods.keys import task_key, tasks_in
 from everlora.methods.registry import register
 
@@ -81,11 +82,13 @@ class NearestClassMean(Method):
         features = self.features(batch)
         weight, bias = (tensor.to(features.device) for tensor in self._rows())
         scores = self._scaled(features).float() @ weight.T + bias
-        if task is None:
-            return scores
-        outside = torch.ones(len(bias), dtype=torch.bool, device=scores.device)
-        outside[list(self.tasks[task])] = False
-        return scores.masked_fill(outside, -torch.inf)
+        if task is not None:
+            outside = torch.ones(len(bias), dtype=torch.bool, device=scores.device)
+            outside[list(self.tasks[task])] = False
+            scores = scores.masked_fill(outside, -torch.inf)
+        if len(scores) and not bool(torch.isfinite(scores[0]).any()):
+            raise DataError("every class that could be the answer was forgotten on request; learn one anew.")
+        return scores
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """None."""
@@ -115,6 +118,12 @@ class NearestClassMean(Method):
             self.tasks.append(tuple(state[task_key(index, "classes")]))
             self.sums.append(state[task_key(index, "sums")])
             self.counts.append(state[task_key(index, "counts")])
+
+    def forget(self, request: Forgetting) -> dict[str, int]:
+        """Let the means of classes go: such a class is never predicted again, unless it is learned again."""
+        if not request.classes:
+            request.remains(INSEPARABLE)
+        return forget_sums(request, "sums", "counts")
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Weight `(classes, d)` and bias `(classes,)`; a class without rows can never win."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from everlora.buffer import ReplayBuffer
 from everlora.methods.base import Batch, Collect, Encoder, Loss, Recalled, State, TaskInfo
+from everlora.methods.forgetting import Forgetting, forget_rows
 from everlora.methods.registry import register
 from everlora.methods.rehearsal import IGNORED, Rehearsal, joined, stack_rows
 from everlora.methods.tuned import TunedMethod
@@ -133,3 +134,7 @@ class Replay(TunedMethod):
         """Put back what `state` returned."""
         super().load_state(state)
         self.rehearsal.load_state(state)
+
+    def forget(self, request: Forgetting) -> dict[str, int]:
+        """Let rows leave the buffer."""
+        return {**super().forget(request), **forget_rows(request)}

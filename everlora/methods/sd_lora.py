@@ -26,6 +26,7 @@ from everlora.lowrank.attach import require_one_group
 from everlora.methods.base import ANY_MODALITY, Batch, Collect, Encoder, Loss, Method, State, TaskInfo
 from everlora.methods.classifiers import aligner_of, check_classes, heads_state, load_heads, make_heads, realign
 from everlora.methods.direction_history import DirectionHistory
+from everlora.methods.forgetting import Forgetting, forget_gaussians
 from everlora.methods.keys import keyed_generator
 from everlora.methods.registry import register
 from everlora.methods.sealing import AbsorptionRules, BoundaryRules, MergeRules, block_name
@@ -273,6 +274,10 @@ class SDLoRA(Method):
         count = load_heads(self.heads, self.aligner, state)
         if count:
             self.past.load_state(state, count)
+
+    def forget(self, request: Forgetting) -> dict[str, int]:
+        """Let Gaussians of classes go, where heads are realigned."""
+        return {**super().forget(request), **forget_gaussians(request)}
 
     @contextmanager
     def model_at(self, task: int) -> Iterator[None]:

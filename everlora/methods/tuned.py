@@ -14,6 +14,7 @@ from everlora.isolation import has_batch_norm, set_statistics_moving
 from everlora.lowrank import AdaptedLayer, attach, capped_ranks, find_targets
 from everlora.methods.base import ANY_MODALITY, Batch, Collect, Encoder, Loss, Method, State, TaskInfo
 from everlora.methods.classifiers import check_classes, heads_state, load_head, load_heads, make_heads
+from everlora.methods.forgetting import Forgetting, forget_gaussians
 from everlora.methods.keys import keyed_generator, task_key, tasks_in
 
 __all__ = ["BatchNorms", "Trained", "TunedEncoder", "TunedMethod", "TunedOptions"]
@@ -225,6 +226,10 @@ class TunedMethod(Method):
             prefix = task_key(count - 1, "")
             newest = {k.removeprefix(prefix): v for k, v in state.items()}
             self.tuned.load({k: v for k, v in newest.items() if k.startswith(("adapter/", "encoder/"))})
+
+    def forget(self, request: Forgetting) -> dict[str, int]:
+        """Let Gaussians of classes go, where heads are realigned."""
+        return {**super().forget(request), **forget_gaussians(request)}
 
     def _carried_heads(self) -> State:
         """Heads that go on training: their classes once, with the task, their rows as they are now."""

@@ -6,6 +6,7 @@ from everlora.store.changes import discard_checkpoints
 from everlora.store.checkpoints import StoredCheckpoint, newest_checkpoint, task_of_checkpoint, write_checkpoint
 from everlora.store.directory import HEADER_KEYS_WITHOUT_EFFECT, LearnerStore
 from everlora.store.files import MAX_JSON_BYTES
+from everlora.store.forgetting import FORGOTTEN, Replacement, all_checkpoints, finish_forgetting, removed_arrays
 from everlora.store.layout import (
     FORMAT_VERSION,
     RECORD_KEYS_WITHOUT_EFFECT,
@@ -16,18 +17,23 @@ from everlora.store.layout import (
 )
 
 __all__ = [
+    "FORGOTTEN",
     "FORMAT_VERSION",
     "HEADER_KEYS_WITHOUT_EFFECT",
     "KeepStates",
     "LearnerStore",
     "MAX_JSON_BYTES",
     "RECORD_KEYS_WITHOUT_EFFECT",
+    "Replacement",
     "StateEntry",
     "StoredCheckpoint",
     "TaskData",
     "TaskEntry",
+    "all_checkpoints",
     "discard_checkpoints",
+    "finish_forgetting",
     "newest_checkpoint",
+    "removed_arrays",
     "task_of_checkpoint",
     "write_checkpoint",
 ]

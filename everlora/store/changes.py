@@ -100,7 +100,8 @@ def sweep(root: Path, index: Index, aside: Path | None = None) -> None:
     """
     oldest_state = min((entry.index for entry in index.states), default=0)
     for path in list(_leftovers(root, index)):
-        if path.parent.name == "state" and path.name.isdigit() and int(path.name) < oldest_state:
+        number = path.name.partition("-")[0]
+        if path.parent.name == "state" and number.isdigit() and int(number) < oldest_state:
             # A newer state has replaced it for good: keeping each would make the disk grow with every task.
             shutil.rmtree(path)
             continue

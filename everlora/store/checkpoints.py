@@ -37,6 +37,7 @@ __all__ = [
     "CHECKPOINT_FOLDER",
     "StoredCheckpoint",
     "newest_checkpoint",
+    "read_checkpoint",
     "task_of_checkpoint",
     "tidy_checkpoints",
     "write_checkpoint",
@@ -114,11 +115,16 @@ def newest_checkpoint(root: Path) -> StoredCheckpoint | None:
     """Return the newest checkpoint that is whole; broken ones are passed over, and the log says so."""
     for folder in _folders(root / CHECKPOINT_FOLDER):
         try:
-            body = _read_document(root, folder)
-            return StoredCheckpoint(body["task"], body["values"], _read_arrays(root, folder, body["files"]))
+            return read_checkpoint(root, folder)
         except StoreError as error:
             logger.warning("a checkpoint is passed over: %s", error)
     return None
+
+
+def read_checkpoint(root: Path, folder: Path) -> StoredCheckpoint:
+    """Read one checkpoint; raises StoreError where it is broken."""
+    body = _read_document(root, folder)
+    return StoredCheckpoint(body["task"], body["values"], _read_arrays(root, folder, body["files"]))
 
 
 def task_of_checkpoint(root: Path) -> dict[str, Any] | None:

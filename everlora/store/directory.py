@@ -24,12 +24,13 @@ from everlora.store import layout
 from everlora.store.changes import refuse_occupied, sweep, take_lock, write_folder
 from everlora.store.commits import commit, commit_first, keep_former, set_aside, tidy
 from everlora.store.files import dump_arrays, dump_json, load_arrays, read_bytes, writing
+from everlora.store.forgetting import FORGOTTEN, PENDING, Replacement, finish_forgetting, with_replacements
 from everlora.store.layout import Index, KeepStates, StateEntry, TaskData, TaskEntry
 
 __all__ = ["HEADER_KEYS_WITHOUT_EFFECT", "LearnerStore"]
 
 # Where the base lies may change without changing what the learner computes: its sha256, also in the header, decides.
-HEADER_KEYS_WITHOUT_EFFECT = frozenset({"base_model", "created", "versions"})
+HEADER_KEYS_WITHOUT_EFFECT = frozenset({"base_model", "created", "versions", FORGOTTEN, PENDING})
 _LEARNER_OPTIONS_WITHOUT_EFFECT = frozenset({"checkpoint_every"})
 
 _NUM_NEWEST_STATES = 2  # the newest, and the one a reader that opened just before the last commit still needs
@@ -108,6 +109,7 @@ class LearnerStore:
             index, version = layout.read_versioned_index(root)
             store = cls(root, index, lock)
             with writing(root):
+                store._index = index = finish_forgetting(root, index)
                 sweep(root, index)
                 if version != layout.FORMAT_VERSION:
                     keep_former(root, read_bytes(root / layout.LEARNER_FILE))
@@ -305,6 +307,38 @@ class LearnerStore:
             self._commit(replace(self._index, states=states))
             with contextlib.suppress(OSError):  # it may be missing; one left behind goes with the next writer's sweep
                 set_aside(self.root, entry.folder, aside)
+
+    def forget(
+        self,
+        tasks: Mapping[int, Replacement],
+        states: Mapping[int, Mapping[str, np.ndarray]],
+        *,
+        record: Mapping[str, Any],
+        delete: Sequence[str] = (),
+    ) -> None:
+        """Replace what tasks and kept states hold, for good: what was there is deleted, and not kept in `removed/`.
+
+        Args:
+            tasks: number -> what changes in its folder.
+            states: number of the task it was written after -> all arrays of the new state; its values stay.
+            record: plain JSON, kept in the header under `forgotten`; it must not tell what was forgotten.
+            delete: further paths below the directory that go: of checkpoints, or in `removed/`.
+
+        Raises:
+            StoreError: not open for writing, a file to be carried over is damaged, or the disk refuses; the directory
+                is as it was, or all is forgotten and the sentence says what is still to be deleted.
+        """
+        self._require_writable()
+        with writing(self.root):
+            sweep(self.root, self._index)
+            self._commit(with_replacements(self.root, self._index, tasks, states, record=record, delete=tuple(delete)))
+        try:
+            self._index = finish_forgetting(self.root, self._index)
+        except OSError as error:
+            raise StoreError(
+                f"{self.root} has forgotten, but {error.filename or 'what was replaced'} could not be deleted "
+                f"({error.strerror or error}); make that possible, and open the learner for writing: it goes then"
+            ) from error
 
     @property
     def digest(self) -> str:

@@ -58,7 +58,7 @@ RECORD_KEYS_WITHOUT_EFFECT = frozenset({"cost", "created", "environment", "evalu
 KeepStates = Literal["newest", "all"]
 
 _TASK_FOLDER = re.compile(r"tasks/\d{3,}-[a-z0-9-]{1,60}\Z")
-_STATE_FOLDER = re.compile(r"state/\d{3,}\Z")
+_STATE_FOLDER = re.compile(r"state/\d{3,}(-v\d{1,9})?\Z")
 
 
 @dataclass(frozen=True)

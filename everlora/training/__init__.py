@@ -2,7 +2,7 @@
 
 from everlora.training.checkpoint import Checkpoint, Checkpoints, Interval
 from everlora.training.data import TaskData
-from everlora.training.interruption import answering, signals_ask, stop_if_asked
+from everlora.training.interruption import answering, is_asked, signals_ask, stop_if_asked
 from everlora.training.loop import Progress, TaskTrainer, TrainingReport
 from everlora.training.options import TrainingOptions
 from everlora.training.processes import Processes, device_of_process, processes
@@ -19,6 +19,7 @@ __all__ = [
     "TrainingReport",
     "answering",
     "device_of_process",
+    "is_asked",
     "processes",
     "signals_ask",
     "stop_if_asked",

@@ -157,6 +157,8 @@ class Saver:
         """Give the method back what it had changed during training."""
         if self._resumed is not None:
             self._method.load_progress_state(below(self._resumed, "method/"))
+            # passes of the last stage may need the rest; these are the large ones
+            self._resumed = {k: v for k, v in self._resumed.items() if not k.startswith(("training/", "method/"))}
 
     def after_step(self, progress: Callable[[], State]) -> None:
         """Save, if that is due, after an optimiser step; `progress` gives what training changed."""

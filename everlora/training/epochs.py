@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from everlora.errors import NumericError, UnsupportedError
-from everlora.methods.base import Batch, Recalled, State, TaskInfo
+from everlora.methods.base import Batch, State, TaskInfo
 from everlora.streams.keyed import fold_key, keyed_permutation
 from everlora.training.checkpoint import below, optimizer_entries, put_entries_back, under
 from everlora.training.checkpointing import checkpointing, set_blocks_training
@@ -22,7 +21,7 @@ from everlora.training.data import TaskData
 from everlora.training.moments import moments, put_back
 from everlora.training.options import Length, make_optimizer, rate_factor
 from everlora.training.out_of_memory import free_memory, is_out_of_memory
-from everlora.training.pieces import Piece, own_pieces, split_step
+from everlora.training.pieces import own_pieces, piece_batch, split_step
 from everlora.training.validation import make_validation
 
 if TYPE_CHECKING:
@@ -212,6 +211,8 @@ class Epochs:
         recalled = self.method.recall(len(rows), generator)
         count = self.processes.size * self._micro_batches
         pieces = split_step(self.trainer.backbone, self.data.encoded, rows, recalled, count)
+        # a row of the memory may come back at each step, and is augmented anew each time
+        draws = 1_000_003 * (self.task.index + 1) + step
         optimizer.zero_grad(set_to_none=True)
         value = 0.0
         try:
@@ -219,7 +220,10 @@ class Epochs:
                 for piece in own_pieces(pieces, self.processes.rank, self.processes.size):
                     # dropout is keyed by the step's place, and by the piece's where there are more, not by what ran
                     torch.manual_seed(fold_key(*key) if len(pieces) == 1 else fold_key(*key, piece.number))
-                    value += self._backward(self._batch(piece, epoch, cached, recalled), optimizer)
+                    batch = piece_batch(
+                        self.trainer, self.data, piece, recalled, epoch=epoch, cached=cached, draws=draws
+                    )
+                    value += self._backward(batch, optimizer)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -251,20 +255,6 @@ class Epochs:
                 f"{optimizer.param_groups[0]['lr']:.2g}), batch {len(self._losses)} of epoch {self._epoch_number}; "
                 "lower lr, or look for bad rows."
             )
-
-    def _batch(self, piece: Piece, epoch: int, cached: Tensor | None, recalled: Recalled | None) -> Batch:
-        """The rows of a piece, and with them its rows of earlier tasks, which are augmented like the others."""
-        packed = self.options.packing
-        batch = self.trainer.batch(self.data, piece.rows, epoch=epoch, cached=cached, pack=packed)
-        if recalled is None or not len(piece.memory):
-            return replace(batch, share=piece.share)
-        # a row of the memory may come back at each step, and is augmented anew each time
-        draws = 1_000_003 * (self.task.index + 1) + len(self.step_seconds)
-        inputs = self.trainer.inputs(recalled.encoded, piece.memory, draws)
-        device = batch.labels.device
-        labels = inputs.pop("labels", recalled.labels[piece.memory]).to(device)
-        memory = Batch(inputs, labels, tasks=recalled.tasks[piece.memory].to(device))
-        return replace(batch, memory=memory, share=piece.share)
 
     def _validate(self) -> dict[str, float]:
         """Measure the validation rows, and remember the weights when they are the best so far."""

@@ -84,4 +84,6 @@ def _answer(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and (again or not _Wish.answering):
         raise KeyboardInterrupt
     if not _Wish.answering:
-        raise InterruptedLearning("stopped before anything was begun that could be kept; the same command starts anew.")
+        raise InterruptedLearning(
+            "stopped while no task was being learned; the same command goes on from what is on the disk."
+        )

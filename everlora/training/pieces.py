@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,9 +11,13 @@ from torch import Tensor
 
 from everlora.backbones import Backbone
 from everlora.backbones.batches import IGNORED
-from everlora.methods.base import Recalled, Share
+from everlora.methods.base import Batch, Recalled, Share
+from everlora.training.data import TaskData
 
-__all__ = ["Piece", "own_pieces", "split_step"]
+if TYPE_CHECKING:
+    from everlora.training.loop import TaskTrainer
+
+__all__ = ["Piece", "own_pieces", "piece_batch", "split_step"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,37 @@ def own_pieces(pieces: list[Piece], rank: int, size: int) -> list[Piece]:
     """The pieces that one of several processes computes: neighbours, and none where there are too few."""
     mine = np.array_split(np.arange(len(pieces)), size)[rank]
     return [pieces[int(number)] for number in mine]
+
+
+def piece_batch(
+    trainer: TaskTrainer,
+    data: TaskData,
+    piece: Piece,
+    recalled: Recalled | None,
+    *,
+    epoch: int,
+    cached: Tensor | None,
+    draws: int,
+) -> Batch:
+    """The rows of a piece, and with them its rows of earlier tasks, which are augmented like the others.
+
+    Args:
+        trainer: makes batches.
+        data: rows of the task.
+        piece: of a step.
+        recalled: rows of earlier tasks that the step trains along.
+        epoch: key of the augmentation of the task's rows.
+        cached: features of all rows of the task, where the encoder never changes.
+        draws: key of the augmentation of the earlier rows.
+    """
+    batch = trainer.batch(data, piece.rows, epoch=epoch, cached=cached, pack=trainer.options.packing)
+    if recalled is None or not len(piece.memory):
+        return replace(batch, share=piece.share)
+    inputs = trainer.inputs(recalled.encoded, piece.memory, draws)
+    device = batch.labels.device
+    labels = inputs.pop("labels", recalled.labels[piece.memory]).to(device)
+    memory = Batch(inputs, labels, tasks=recalled.tasks[piece.memory].to(device))
+    return replace(batch, memory=memory, share=piece.share)
 
 
 def _units(backbone: Backbone, encoded: Any, rows: Tensor) -> tuple[Tensor, Tensor]:

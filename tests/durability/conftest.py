@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model("vit", tmp_path_factory.mktemp("vit"))
 
 
-@pytest.fixture
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
     """That fsync itself works is the system's affair, and it is slow."""
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield

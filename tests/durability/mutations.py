@@ -6,15 +6,15 @@ import random
 from collections.abc import Sequence
 
 TOKENS: dict[str, Sequence[bytes]] = {
-    "csv": (b'"', b'""', b",", b"\t", b"\n", b"\r\n", b"\x00", b"\xff", b"\xef\xbb\xbf", b"label", b"text", b";", b"nan"),
+    "csv": (b'"', b'""', b",", b"\t", b"\n", b"\r\n", b"\x00", b"\xff", b"\xef\xbb\xbf", b"label", b";", b"nan"),
     "json": (
         b"{", b"}", b"[", b"]", b'"', b":", b",", b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"-0", b"\\u0000",
-        b"\\ud800", b"9" * 400, b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"\xff", b"\n", b"0.1", b'"label"', b'"text"',
+        b"\\ud800", b"9" * 400, b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"\xff", b"0.1", b'"label"', b'"text"',
     ),
     "yaml": (
         b"\n", b"  ", b": ", b"- ", b"&a ", b"*a", b"<<: ", b"!!python/object:os.system ", b"!!binary ", b"!!set ",
         b"2024-99-99", b"0b", b"0x_", b"1:99", b".inf", b"~", b"|\n", b"? ", b"'", b'"', b"[", b"{", b"]", b"}", b"\t",
-        b"[" * 2000, b"#", b"%YAML 9.9\n", b"---\n", b"...", b"\x00", b"!!timestamp ", b"!!float x", b"null", b"1e400",
+        b"[" * 400, b"#", b"%YAML 9.9\n", b"---\n", b"...", b"\x00", b"!!timestamp ", b"!!float x", b"null", b"1e400",
     ),
     "binary": (b"\x00", b"\xff" * 8, b"\x7f" * 4, b"F64", b"I64", b"BF16", b"[0,0]", b"-1", b"__metadata__", b"9" * 30),
 }  # fmt: skip

@@ -163,7 +163,7 @@ class Learning:
 
 
 @pytest.fixture(scope="module")
-def learning(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Learning:
+def learning(no_waiting_for_the_disk: None, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Learning:
     return Learning(tmp_path_factory.mktemp("learning"), tiny_bert)
 
 

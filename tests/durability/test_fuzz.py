@@ -23,6 +23,8 @@ from everlora.streams import load_dialogues, load_examples, parse_row
 from tests.durability.mutations import Mutator
 from tests.store.builders import HEADER, make_learner
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
+
 SEED = 20
 Case = Callable[[], Any]
 
@@ -188,17 +190,17 @@ def fuzz(reader: Callable[[Path], Iterator[Case]], count: int, folder: Path) -> 
     cases = reader(folder)
     for number in range(count):
         case = next(cases)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             case()
         except EverloraError as error:
             text = str(error)
-            ends["clean" if 10 < len(text) and text.isprintable() or "\n" not in text else f"sentence {text!r}"] += 1
+            ends["clean" if (10 < len(text) and text.isprintable()) or "\n" not in text else f"sentence {text!r}"] += 1
         except Exception as error:
             ends[f"{type(error).__name__} {str(error)[:60]!r} (input {number})"] += 1
         else:
             ends["read"] += 1
-        if time.perf_counter() - start > 20:
+        if time.process_time() - start > 10:
             ends[f"slow (input {number})"] += 1
     return ends
 
@@ -211,9 +213,9 @@ def test_no_input_ends_but_in_success_or_a_clean_error(share: int, tmp_path: Pat
         folder.mkdir()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's and NumPy's remarks on odd input
-            start = time.perf_counter()
+            start = time.process_time()
             ends = fuzz(reader, count // share, folder)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         known = {name: ends.pop(name, 0) for name in ("read", "clean")}
         print(f"{reader.__name__}: {count // share} inputs in {seconds:.0f} s, {known}")
         total += count // share
