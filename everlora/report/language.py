@@ -21,7 +21,17 @@ from everlora.metrics.language import ScoreMatrix
 from everlora.report.figures import costs, sizes
 from everlora.report.table import Statistic, statistic
 
-__all__ = ["LanguageRow", "LanguageRun", "is_language", "language_rows", "language_runs", "language_values"]
+__all__ = [
+    "LanguageRow",
+    "LanguageRun",
+    "bits_per_byte",
+    "cross_entropy",
+    "is_language",
+    "language_rows",
+    "language_runs",
+    "language_values",
+    "run_figures",
+]
 
 Cell = Mapping[str, Any]
 Figures = dict[str, float | None]

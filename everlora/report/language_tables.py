@@ -9,7 +9,7 @@ from everlora.metrics import paired_difference
 from everlora.report.language import LanguageRow, cross_entropy, language_rows
 from everlora.report.table import UNDEFINED, FormattedTable, Statistic, show, statistic
 
-__all__ = ["BASE", "domains_of", "language_tables", "pairs_of_weights"]
+__all__ = ["BASE", "Weights", "domains_of", "language_tables", "paired", "pairs_of_weights"]
 
 BASE = "Pretrained model"
 _KILOBYTE, _MEGABYTE = 1e3, 1e6

@@ -124,7 +124,7 @@ def test_images_that_cannot_be_decoded_are_named(
         assert str(bad) in line
     bad.unlink()
     table = _csv("image,label\ncat/good.png,cat\ncat/none.png,dog\n", "data/rows.csv")(tmp_path)
-    assert "none.png" in refused(["learn", images, table], capsys)
+    assert "none.png" in refused(["learn", images, table, "--image-column", "image"], capsys)
     assert snapshot(images) == before
 
 
@@ -162,7 +162,7 @@ def test_texts_longer_than_the_model_takes_are_cut_and_counted(
         (["--set", "rank=17"], ("rank", "16")),
         (["--set", "rank=0"], ("rank",)),
         (["--set", "rnak=2"], ("did you mean 'rank'?",)),
-        (["--set", 'targets=["atention.query"]'], ("matches no layer", "attention")),
+        (["--set", 'targets=["atention.query"]'], ("matches no layer", "self.query")),
         (["--method", "infloar"], ("did you mean 'inflora'",)),
         (["--scenario", "class"], ("class_incremental",)),
         (["--model", "./nowhere"], ("nowhere",)),

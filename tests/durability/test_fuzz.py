@@ -175,12 +175,12 @@ def row_lists(_folder: Path) -> Iterator[Case]:
 # reader -> inputs of the long run; the short run takes one in fifty
 READERS: dict[Callable[[Path], Iterator[Case]], int] = {
     csv_files: 6_000,
-    json_files: 8_000,
+    json_files: 6_000,
     recipes: 3_000,
-    learner_files: 5_000,
-    array_files: 40_000,
-    dialogue_lines: 40_000,
-    row_lists: 8_000,
+    learner_files: 4_000,
+    array_files: 42_000,
+    dialogue_lines: 42_000,
+    row_lists: 6_000,
 }
 
 

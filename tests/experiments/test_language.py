@@ -164,7 +164,7 @@ def test_texts_of_the_pretrained_model_enter_the_memory_before_the_first_task(st
 
 
 @pytest.mark.parametrize("moment", ["before the first task", "while learning", "before writing"])
-@pytest.mark.parametrize("row", ["recall", "replay"])
+@pytest.mark.parametrize("row", [pytest.param("recall", marks=pytest.mark.slow), "replay"])
 def test_an_interrupted_run_ends_with_the_same_record(start, monkeypatch, tmp_path, moment, row) -> None:
     whole = start(out=tmp_path / "whole", methods=[row])
     calls = []

@@ -107,6 +107,7 @@ def test_superseded_states_of_a_rewritten_learner_are_still_deleted(tmp_path: Pa
     assert {path.name for path in (root / "state").iterdir()} == {"002", "003"} and not (root / "removed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_kill_leaves_the_old_or_the_new_and_the_next_writer_deletes(moment: str, tmp_path: Path) -> None:
     original = _learner(tmp_path / "original")

@@ -21,7 +21,7 @@ from everlora.store import LearnerStore
 from everlora.training import Processes, device_of_process, processes
 from tests.toy import tiny_model
 from tests.training.builders import save_language_model
-from tests.training.worker import LEARNERS, learn_all, train_double
+from tests.training.worker import LANGUAGE_LEARNERS, LEARNERS, learn_all, train_double
 
 REPOSITORY = Path(everlora.__file__).parents[1]
 
@@ -104,7 +104,7 @@ def test_a_learner_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     _, results = _run("learner", tmp_path / "two", model)
     learn_all(tmp_path / "one", model)
-    for name in (*LEARNERS, "language"):
+    for name in (*LEARNERS, *LANGUAGE_LEARNERS):
         Learner.open(tmp_path / "two" / name, device="cpu").evaluate_tasks([])
         one, two = (join_state(LearnerStore.open(tmp_path / folder / name)) for folder in ("one", "two"))
         assert one.keys() == two.keys() and not list((tmp_path / "two" / name).glob("removed/*"))

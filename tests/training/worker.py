@@ -25,6 +25,10 @@ from tests.toy import toy_images, toy_learner, toy_tasks
 from tests.training.builders import language_rows
 
 STEPS = 20
+LANGUAGE_LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "packed": ("replay", {"size": 6, "packing": True}),
+    "dual": ("i_lora", {"ilora_buffer_size": 6, "selective_update": True, "reset_optimizer": False}),
+}
 LEARNERS = {"replay": {"size": 8, "insert": "online", "keep_validation": 2}, "inflora": {}, "lwf": {"warmup_epochs": 1}}
 
 
@@ -84,7 +88,7 @@ def train_double(micro_batches: int, seen: list[int] | None = None) -> dict[str,
 
 
 def learn_all(folder: Path, model: Path) -> dict[str, str]:
-    """Two tasks with each of some methods, and two of a language model; returns the digests."""
+    """Two tasks with each of some methods, on images and on a language model; returns the digests."""
     digests = {}
     for name, options in LEARNERS.items():
         # not Adam, which makes whole steps of gradients that are nothing but rounding
@@ -92,13 +96,14 @@ def learn_all(folder: Path, model: Path) -> dict[str, str]:
         for task in toy_tasks("image", 2):
             learner.learn(task)
         digests[name] = learner.digest
-    story: dict[str, Any] = {"scenario": "language", "max_length": 64, "micro_batches": 2, "batch_size": 6, "size": 6}
-    learner = toy_learner(
-        folder / "language", model.parent / "llama", "replay", device="cpu", optimizer="sgd", packing=True, **story
-    )
-    for seed in range(2):
-        learner.learn(language_rows(10, seed=seed), name=f"part {seed}")
-    return {**digests, "language": learner.digest}
+    story: dict[str, Any] = {"scenario": "language", "max_length": 64, "micro_batches": 2, "batch_size": 6}
+    for name, (method, options) in LANGUAGE_LEARNERS.items():
+        base = model.parent / "llama"
+        learner = toy_learner(folder / name, base, method, device="cpu", optimizer="sgd", **story, **options)
+        for seed in range(2):
+            learner.learn(language_rows(10, seed=seed), name=f"part {seed}")
+        digests[name] = learner.digest
+    return digests
 
 
 def fail_everywhere(folder: Path, model: Path) -> list[str]:
