@@ -18,11 +18,11 @@ from everlora.kept_rows import KEPT_FILE, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
 from everlora.record import load_base, provenance, task_name, task_result, write_task
+from everlora.restoring import restore_state
 from everlora.results import Counts, Evaluation, LanguageEvaluation, LanguageScore, Prediction, TaskResult
 from everlora.scenarios import LanguageScenario, Scenario, check_scenario, kind_of_model, make_scenario
 from everlora.settings import Settings
 from everlora.shared_directory import create_directory, is_writer, reread, writing
-from everlora.snapshot import join_state
 from everlora.store import LearnerStore, TaskEntry
 from everlora.streams import Examples
 from everlora.training import Progress, TaskTrainer, answering, device_of_process
@@ -392,7 +392,7 @@ class Learner(Forgets):
         self.scenario = header["scenario"]
         self.settings = Settings.from_parts(method_spec(header["method"]), header["options"])
         self.backbone, self.method = loaded or self._make(header)
-        self.method.load_state(join_state(store))
+        restore_state(self.method, store)
         if loaded is None and not store.tasks:  # from the first task on, its state holds what was adopted
             adopt_at_start(self.settings, self.method, self.model, header)
         for module in (self.backbone, *self.method.own_modules()):

@@ -83,7 +83,7 @@ def test_padding_on_the_right_changes_nothing(folder: Path, model: Any) -> None:
     )
     for row in range(4):
         alone = logits_of(model, inputs.collate(encoded, [row], device=CPU))[0]
-        torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-6, atol=5e-5)
 
 
 def test_padding_on_the_left_changes_nothing_given_positions(folder: Path, model: Any) -> None:
