@@ -15,7 +15,7 @@ from everlora.errors import EverloraError
 from everlora.experiments.execution import execute
 from everlora.experiments.plan import Plan, Streams
 from everlora.experiments.records import read_json
-from everlora.training import signals_ask
+from everlora.training import answering, signals_ask
 
 __all__ = ["main"]
 
@@ -51,5 +51,5 @@ def main(plan_file: Path, jobs: IO[str], messages: IO[str]) -> None:
 if __name__ == "__main__":
     # Whatever a library prints must not get between the messages.
     channel, sys.stdout = sys.stdout, sys.stderr
-    with signals_ask():
+    with signals_ask(), answering():
         main(Path(sys.argv[1]), sys.stdin, channel)

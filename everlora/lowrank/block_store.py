@@ -158,6 +158,8 @@ class BlockStore(nn.Module, ABC):
     ) -> None:
         """Replace the past by the given blocks, bit for bit where the dtype is that of the factors.
 
+        The current block is dropped for an empty one of rank 0, as `fold_block` leaves it.
+
         Args:
             downs: one `(groups * rank_s, in)` a block.
             ups: one `(out, rank_s)` a block.
@@ -187,6 +189,7 @@ class BlockStore(nn.Module, ABC):
             self.past_up = torch.cat([like.new_zeros(self.out_features, 0), *(u.detach().to(like) for u in ups)], dim=1)
             self.past_scale = torch.cat([like.new_zeros(0), *rows])
             self.past_ranks = torch.tensor(ranks, dtype=torch.int64, device=like.device)
+        self.start_block(0)
 
     def blocks(self) -> list[Block]:
         """Return the past block by block, oldest first, as copies; blocks of rank 0 are among them."""

@@ -81,9 +81,5 @@ def signals_ask() -> Iterator[None]:
 def _answer(number: int, frame: FrameType | None) -> None:
     again = _Wish.asked
     ask()
-    if number == signal.SIGINT and (again or not _Wish.answering):
-        raise KeyboardInterrupt
-    if not _Wish.answering:
-        raise InterruptedLearning(
-            "stopped while no task was being learned; the same command goes on from what is on the disk."
-        )
+    if not _Wish.answering or (again and number == signal.SIGINT):
+        raise KeyboardInterrupt  # no Exception, so that nothing that is on the stack can take it for its own
