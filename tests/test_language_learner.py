@@ -33,7 +33,17 @@ def model(shared: Path) -> Path:
     return shared / "models" / "stories260K"
 
 
-@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "lwf", "o_lora", "inflora", "sd_lora", "i_lora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "i_lora",
+        "sd_lora",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("sequential", "replay", "ewc", "lwf", "o_lora", "inflora")
+        ),
+    ],
+)
 def test_a_learner_opened_between_tasks_goes_on_as_one_that_was_not(method: str, model: Path, tmp_path: Path) -> None:
     options = {k: v for k, v in FAST.items() if not (k == "alpha" and method in ("inflora", "sd_lora"))}
     learners = {name: Learner.create(tmp_path / name, model=model, method=method, **options) for name in ("a", "b")}

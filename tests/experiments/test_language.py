@@ -163,7 +163,9 @@ def test_texts_of_the_pretrained_model_enter_the_memory_before_the_first_task(st
     assert len(list((tmp_path / "out").glob("retention-*.safetensors"))) == 2
 
 
-@pytest.mark.parametrize("moment", ["before the first task", "while learning", "before writing"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("before the first task", marks=pytest.mark.slow), "while learning", "before writing"]
+)
 @pytest.mark.parametrize("row", [pytest.param("recall", marks=pytest.mark.slow), "replay"])
 def test_an_interrupted_run_ends_with_the_same_record(start, monkeypatch, tmp_path, moment, row) -> None:
     whole = start(out=tmp_path / "whole", methods=[row])

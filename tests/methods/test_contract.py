@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,8 +63,24 @@ LANGUAGE_ROWS: list[tuple[str, dict]] = [
     ("sd_lora_rr", {"rank_schedule": {0: 3, 1: 2}}),
     ("sd_lora_kd", {}),
 ]
-IN_TURN = [row for row in ROWS if row[0] != "joint"]
-CASES = [(name, options, kind) for name, options in ROWS for kind in ("vit", "bert")]
+
+
+def _marked(kind: tuple[str, ...] = (), *, leave_out: str = "") -> list[Any]:
+    """The rows, those of a name that came before marked as slow; with kinds, each of them, all but the first slow."""
+    rows, seen = [], set()
+    for name, options in ROWS:
+        marks = [pytest.mark.slow] if name in seen else []
+        seen.add(name)
+        if name == leave_out:
+            continue
+        rows += [
+            pytest.param(name, options, one, marks=marks or ([pytest.mark.slow] if one != kind[0] else []))
+            for one in kind
+        ] or [pytest.param(name, options, marks=marks)]
+    return rows
+
+
+IN_TURN = _marked(leave_out="joint")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +111,7 @@ def test_every_registered_name_has_a_row() -> None:
     assert {entry.name for entry in list_methods()} == {name for name, _ in [*ROWS, *LANGUAGE_ROWS]}
 
 
-@pytest.mark.parametrize(("name", "options", "kind"), CASES)
+@pytest.mark.parametrize(("name", "options", "kind"), _marked(("bert", "vit")))
 def test_learns_leaves_the_base_alone_and_reopens_to_the_same_answers(
     name: str, options: dict, kind: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -116,7 +133,7 @@ def test_learns_leaves_the_base_alone_and_reopens_to_the_same_answers(
     assert (name == "ncm") == (not log)
 
 
-@pytest.mark.parametrize(("name", "options"), ROWS)
+@pytest.mark.parametrize(("name", "options"), _marked())
 def test_learns_what_can_be_learned(name: str, options: dict, models: dict[str, Path], tmp_path: Path) -> None:
     learner = toy_learner(tmp_path / "learner", models["vit"], name, **{**options, "epochs": 15, "rank": 2})
     rows = toy_images(["dark", "bright"], 16)
@@ -125,11 +142,19 @@ def test_learns_what_can_be_learned(name: str, options: dict, models: dict[str, 
 
 
 @pytest.mark.parametrize(("name", "options"), IN_TURN)
-def test_a_new_process_goes_on_as_if_uninterrupted(
+def test_a_new_process_goes_on_as_if_uninterrupted_and_what_a_task_added_never_changes(
     name: str, options: dict, models: dict[str, Path], tmp_path: Path
 ) -> None:
     whole = toy_learner(tmp_path / "whole", models["bert"], name, **options)
+    _learn(whole, "bert", 1)
+    early = {key: value for key, value in whole.method.state().items() if key.startswith("tasks/000/")}
+    early = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in early.items()}
     _learn(whole, "bert", 3)
+    late = whole.method.state()
+    for key, value in early.items():
+        if key in late:  # a method may keep only the newest of something
+            same = torch.equal(value, late[key]) if isinstance(value, torch.Tensor) else value == late[key]
+            assert same, key
     parts = toy_learner(tmp_path / "parts", models["bert"], name, **options)
     _learn(parts, "bert", 1)
     _learn(Learner.open(tmp_path / "parts"), "bert", 2)
@@ -137,20 +162,6 @@ def test_a_new_process_goes_on_as_if_uninterrupted(
     last = Learner.open(tmp_path / "parts")
     _learn(last, "bert", 3)
     assert last.digest == whole.digest
-
-
-@pytest.mark.parametrize(("name", "options"), IN_TURN)
-def test_what_a_task_added_never_changes(name: str, options: dict, models: dict[str, Path], tmp_path: Path) -> None:
-    learner = toy_learner(tmp_path / "learner", models["vit"], name, **options)
-    _learn(learner, "vit", 1)
-    early = {key: value for key, value in learner.method.state().items() if key.startswith("tasks/000/")}
-    early = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in early.items()}
-    _learn(learner, "vit", 3)
-    late = learner.method.state()
-    for key, value in early.items():
-        if key in late:  # a method may keep only the newest of something
-            same = torch.equal(value, late[key]) if isinstance(value, torch.Tensor) else value == late[key]
-            assert same, key
 
 
 @pytest.mark.parametrize(("name", "options"), IN_TURN)

@@ -32,7 +32,7 @@ def box(spot: PlacedSpot) -> Box:
     return Box(left, middle - LINE / 2, left + width, middle + LINE / 2)
 
 
-@pytest.mark.parametrize("spread", [0.5, 0.15, 0.03])
+@pytest.mark.parametrize("spread", [0.5, *(pytest.param(small, marks=pytest.mark.slow) for small in (0.15, 0.03))])
 def test_labels_do_not_cover_one_another_and_stay_inside(spread: float) -> None:
     values = [0.5 + spread * ((7 * index) % 14) / 14 for index in range(14)]
     placed = chart(SIZES, values, NAMES).spots

@@ -48,7 +48,7 @@ def _add(root: Path) -> None:
         add_task(store, "d")
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_adding_a_task(moment: str, tmp_path: Path) -> None:
     make_learner(tmp_path / "before", ("a", "b", "c"))
     make_learner(tmp_path / "after", ("a", "b", "c", "d"))
@@ -76,7 +76,7 @@ def test_adding_a_task(moment: str, tmp_path: Path) -> None:
     assert deaths > 30  # bytes, folders and renames of a task, a state and the index: not one trivial step
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_creating_a_learner(moment: str, tmp_path: Path) -> None:
     def create(root: Path) -> None:
         LearnerStore.create(root, HEADER).close()
@@ -92,7 +92,7 @@ def test_creating_a_learner(moment: str, tmp_path: Path) -> None:
     assert _die_everywhere(create, lambda root: root.parent.mkdir(exist_ok=True), check, tmp_path, moment) >= 5
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_rolling_back(moment: str, tmp_path: Path) -> None:
     make_learner(tmp_path / "original", ("a", "b", "c"), keep_states="all")
     content = {name: data for name, data in snapshot(tmp_path / "original").items() if name != "learner.json"}

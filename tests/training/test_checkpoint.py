@@ -54,18 +54,17 @@ MORE_ROWS: list[tuple[str, dict[str, Any]]] = [
 QUICK = [
     ("inflora", {}, "vit"),
     ("ncm", {}, "vit"),
-    ("joint", {}, "bert"),
     ("replay", {"size": 10, "insert": "online"}, "bert"),
     ("lwf", {"warmup_epochs": 1}, "resnet"),
-    ("packnet", {"prune": 0.5, "epochs": 3, "keep_best": True, "keep_validation": 4}, "vit"),
-    ("ewc", {"fisher_samples": 20}, "vit"),
     ("i_lora", {"selective_update": True, "buffer_insert": "online", "ilora_buffer_size": 6}, "language"),
 ]
 SLOW = [
+    ("ewc", {"fisher_samples": 20}, "vit"),
     *[(name, options, kind) for name, options in ROWS for kind in ("vit", "bert")],
     *[(name, options, "resnet") for name, options in RESNET_ROWS],
     *[(name, options, "vit") for name, options in MORE_ROWS],
     *[(name, options, "language") for name, options in LANGUAGE_ROWS],
+    ("i_lora", {"selective_update": True, "buffer_insert": "online", "ilora_buffer_size": 6}, "language"),
     ("i_lora", {"reset_optimizer": False, "buffer_insert": "every_step", "micro_batches": 2}, "language"),
     ("i_lora", {"ema_update": "task_end", "lora_dropout": 0.2, "packing": True, "keep_validation": 2}, "language"),
     ("replay", {"insert": "online", "size": 5, "checkpoint_gradients": True, "max_steps": 5}, "language"),
