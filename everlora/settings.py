@@ -9,8 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from everlora.backbones import Backbone
 from everlora.errors import OptionError, nearest
+from everlora.heads import HeadOptions
 from everlora.methods import MethodSpec, method_spec
+from everlora.methods.base import Method
+from everlora.methods.headed import with_head
 from everlora.methods.registry import parse_options
 from everlora.training import Interval, TrainingOptions
 
@@ -81,6 +85,7 @@ class Settings:
         training: how tasks are trained.
         model: how the pretrained model is used.
         learner: what the directory keeps.
+        head: what turns features into scores.
     """
 
     method: MethodSpec
@@ -88,6 +93,7 @@ class Settings:
     training: TrainingOptions
     model: ModelOptions
     learner: LearnerOptions
+    head: HeadOptions = dataclasses.field(default_factory=HeadOptions)
 
     @classmethod
     def of(cls, method: str, options: Mapping[str, Any]) -> Settings:
@@ -102,6 +108,7 @@ class Settings:
             "training": _names(TrainingOptions),
             "model": _names(ModelOptions),
             "learner": _names(LearnerOptions),
+            "head": _names(HeadOptions),
         }
         parts: dict[str, dict[str, Any]] = {owner: {} for owner in owners}
         for key, value in options.items():
@@ -124,7 +131,17 @@ class Settings:
             parse_options(TrainingOptions, parts["training"], "training"),
             parse_options(ModelOptions, parts["model"], "the model"),
             parse_options(LearnerOptions, parts["learner"], "the learner"),
+            parse_options(HeadOptions, parts.get("head", {}), "the head"),  # older learners have no such part
         )
+
+    def make_method(self, backbone: Backbone) -> Method:
+        """Make the method on a model.
+
+        Raises:
+            UnsupportedError: the method cannot have that head.
+        """
+        made = with_head(self.method.method_class, self.head)
+        return made(self.method_options, backbone, seed=self.training.seed)
 
     def as_parts(self) -> dict[str, dict[str, Any]]:
         """Every option with its value, as plain JSON: later changes of a default do not touch a stored learner."""
@@ -133,6 +150,17 @@ class Settings:
             "training": _plain(self.training),
             "model": _plain(self.model),
             "learner": _plain(self.learner),
+            "head": _plain(self.head),
+        }
+
+    def changed(self) -> dict[str, Any]:
+        """Options whose values are not those a learner of this method has by default, as `group.name`."""
+        usual = Settings.of(self.method.name, {}).as_parts()
+        return {
+            f"{group}.{name}": value
+            for group, options in self.as_parts().items()
+            for name, value in options.items()
+            if value != usual[group][name]
         }
 
     def with_training(self, changes: Mapping[str, Any]) -> Settings:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from everlora.export import ExportReport
 from everlora.store import LearnerStore
 from everlora.training import processes
 
-__all__ = ["create_directory", "is_writer", "reread", "writing"]
+__all__ = ["create_directory", "exported", "is_writer", "reread", "writing"]
 
 
 def create_directory(path: str | Path, header: Mapping[str, Any], *, device: str, **options: Any) -> LearnerStore:
@@ -51,3 +53,19 @@ def is_writer(store: LearnerStore, *, device: str) -> bool:
 def reread(store: LearnerStore, *, device: str) -> LearnerStore:
     """Return the directory as it is after `writing`."""
     return store if processes(device).is_first else LearnerStore.open(store.root)
+
+
+def exported(write: Callable[[], ExportReport], *, device: str) -> ExportReport:
+    """Let the first process write an export, and tell all processes what it wrote.
+
+    Raises:
+        ProcessError: the first process failed.
+    """
+    group = processes(device)
+    report = None
+    with group.together():
+        if group.is_first:
+            report = write()
+    values = {} if report is None else {**dataclasses.asdict(report), "folder": str(report.folder)}
+    told = group.gather({"report": values})[0]["report"]
+    return report or ExportReport(**{**told, "folder": Path(told["folder"])})

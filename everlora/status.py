@@ -8,7 +8,7 @@ from typing import Any
 
 from everlora.store import FORGOTTEN, FORMAT_VERSION, LearnerStore, TaskData
 
-__all__ = ["read_status"]
+__all__ = ["describe", "read_status"]
 
 
 def read_status(path: str | Path) -> dict[str, Any]:
@@ -24,10 +24,10 @@ def read_status(path: str | Path) -> dict[str, Any]:
         kind), `reason` and a hash of the `request`. `tasks` has one mapping per task:
 
         - `index` (from 0), `name`, `folder`, `labels`, `new_labels`, `known_labels`, `num_examples`, `num_validation`,
-          `num_truncated`, `created`;
+            `num_truncated`, `created`;
         - `seconds`, `steps`, `peak_memory_bytes`, `trainable_parameters`, `stored_parameters`: its cost;
         - `accuracy_when_learned`, `accuracy_now`, `change` (their difference): fractions on the rows kept back from
-          the task, None where none were kept; `validation_size` is the number of these rows;
+            the task, None where none were kept; `validation_size` is the number of these rows;
         - `cross_entropy_when_learned`, `cross_entropy_now`: nats a token of a language model on such rows, else None.
 
         What a learner did not write is None or empty. `accuracy_now` and `accuracy_when_learned` of the whole are the
@@ -36,7 +36,11 @@ def read_status(path: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: no learner there, or a manifest is missing, damaged, changed or from a newer format.
     """
-    store = LearnerStore.open(path)
+    return describe(LearnerStore.open(path))
+
+
+def describe(store: LearnerStore) -> dict[str, Any]:
+    """Describe an open learner, as `read_status` does."""
     header = store.header
     tasks = [store.read_task(entry.index) for entry in store.tasks]
     latest = _mapping(tasks[-1].record.get("evaluation")) if tasks else {}

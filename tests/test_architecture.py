@@ -36,6 +36,7 @@ OTHER_MEANINGS = {
     "callbacks/trainer.py": r"^ilora$",
     "export/cifar_resnet.py": r"_?cifar_?(resnet|network)",
     "export/write.py": r"cifarresnet",
+    "heads/statistical.py": r"^ncm$",  # the classifier of that name
     "metrics/matrix.py": r"^joint$",  # an upper bound that figures are compared with
     "metrics/printed.py": r"^inflora$",  # the public code whose way of printing is meant
     "weights/__init__.py": r"^vit-tiny-imagenet-32$",  # the name of a network

@@ -210,7 +210,7 @@ def test_domains_share_their_labels(bert: Path, tmp_path: Path) -> None:
 def test_repr_and_card(vit: Path, tmp_path: Path) -> None:
     learner = toy_learner(tmp_path / "learner", vit, "inflora")
     learner.learn(toy_images(["a", "b"]), name="first")
-    assert repr(learner).endswith("method='inflora', tasks=1, classes=2)")
+    assert repr(learner).endswith("method='inflora', scenario='class_incremental', tasks=1, classes=2)")
     card = learner.card()
     assert card["tasks"][0]["labels"] == ["a", "b"] and card["tasks"][0]["cost"]["steps"] > 0
 

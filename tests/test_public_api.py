@@ -15,6 +15,7 @@ PACKAGE = Path(everlora.__file__).parent
 # Packages whose names other people's code imports.
 PUBLIC_PACKAGES = (
     "everlora",
+    "everlora.comparison",
     "everlora.errors",
     "everlora.lowrank",
     "everlora.metrics",
@@ -85,7 +86,8 @@ def test_every_public_name_exists_and_is_documented(module: str) -> None:
 
 
 def test_the_top_level_names() -> None:
-    assert everlora.__all__ == ["Learner", "__version__", "run"]
+    assert everlora.__all__ == ["Learner", "__version__", "compare", "run"]
+    assert everlora.compare is importlib.import_module("everlora.comparison").compare
     assert everlora.Learner is importlib.import_module("everlora.learner").Learner
     assert everlora.run is importlib.import_module("everlora.experiments").run
     with pytest.raises(AttributeError, match="no attribute 'lerner'"):

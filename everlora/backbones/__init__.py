@@ -1,6 +1,7 @@
 """Pretrained networks: encoders of Hugging Face and CIFAR ResNets as `features(batch)`, and causal language models."""
 
 from everlora.backbones.base import Backbone, Modality
+from everlora.backbones.causal_lm import fingerprint_of_inputs
 from everlora.backbones.fingerprint import cache_folder, model_fingerprint
 from everlora.backbones.inputs import Encoded, EncodedImages, EncodedTexts
 from everlora.backbones.load import load_backbone
@@ -13,6 +14,7 @@ __all__ = [
     "EncodedTexts",
     "Modality",
     "cache_folder",
+    "fingerprint_of_inputs",
     "load_backbone",
     "model_fingerprint",
     "resolve_source",

@@ -16,9 +16,10 @@ from everlora.backbones.base import Backbone
 from everlora.backbones.huggingface import accepts, guarded_load, hidden_size, linear_names, quiet_transformers
 from everlora.backbones.language_inputs import LanguageInputs
 from everlora.backbones.quantization import prepare_quantized, quantization_options
+from everlora.backbones.templates import find_template
 from everlora.errors import ModelError, OptionError, UnsupportedError
 
-__all__ = ["CausalLMBackbone", "load_causal_lm"]
+__all__ = ["CausalLMBackbone", "fingerprint_of_inputs", "load_causal_lm"]
 
 _UNKNOWN = Architecture((), "mean")
 _DEFAULT_MAX_LENGTH = 1024
@@ -65,9 +66,7 @@ class CausalLMBackbone(Backbone):
     @property
     def inputs_fingerprint(self) -> str:
         """Sha256 over template and tokenizer."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        tokens = repr(sorted(self.tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-        return hashlib.sha256(f"{self.inputs.template_text}\0{tokens}".encode("utf-8", "surrogatepass")).hexdigest()
+        return _fingerprint(self.tokenizer, self.inputs.template_text)
 
     @property
     def vocab_size(self) -> int:
@@ -203,9 +202,7 @@ def load_causal_lm(
         options |= quantization_options(quantization, dtype)
         load = transformers.AutoModelForCausalLM.from_pretrained
         model, info = guarded_load(folder, load, folder, output_loading_info=True, **options)
-        tokenizer = guarded_load(
-            folder, transformers.AutoTokenizer.from_pretrained, folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = _load_tokenizer(folder)
     prepare_quantized(model)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -224,6 +221,33 @@ def load_causal_lm(
     facts = ARCHITECTURES.get(str(config.model_type), _UNKNOWN)
     names = {"source": source, "folder": folder, "architecture": str(config.model_type)}
     return CausalLMBackbone(model, inputs, facts=facts, **names)
+
+
+def fingerprint_of_inputs(folder: Path, *, template: str = "auto") -> str:
+    """Return the `inputs_fingerprint` of the language model in a local folder, without reading its weights.
+
+    Args:
+        folder: of the model.
+        template: as the model is loaded with.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded.
+        OptionError: the template is not usable.
+    """
+    with quiet_transformers():
+        tokenizer = _load_tokenizer(folder)
+    return _fingerprint(tokenizer, find_template(tokenizer, template).text)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    load = transformers.AutoTokenizer.from_pretrained
+    return guarded_load(folder, load, folder, local_files_only=True, trust_remote_code=False)
+
+
+def _fingerprint(tokenizer: Any, template: str) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokens = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return hashlib.sha256(f"{template}\0{tokens}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _length(config: Any, tokenizer: Any, wanted: int | None) -> int:

@@ -13,7 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from everlora import __version__
-from everlora.cli import catalogue, doctoring, forgetting, learning, managing, runs, using
+from everlora.cli import (
+    catalogue,
+    comparing,
+    doctoring,
+    forgetting,
+    learning,
+    managing,
+    reporting,
+    runs,
+    sweeping,
+    using,
+)
 from everlora.cli.parameters import Debug
 from everlora.errors import EverloraError
 
@@ -34,6 +45,9 @@ VERBS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("rollback", managing.rollback),
     ("forget", forgetting.forget),
     ("run", runs.run),
+    ("sweep", sweeping.sweep),
+    ("compare", comparing.compare),
+    ("report", reporting.report),
     ("recipes", runs.recipes),
     ("methods", catalogue.methods),
     ("doctor", doctoring.doctor),
@@ -42,7 +56,6 @@ VERBS: tuple[tuple[str, Callable[..., None]], ...] = (
 app = typer.Typer(
     name="everlora",
     help="Continual learning for pretrained models with low-rank adapters.",
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},

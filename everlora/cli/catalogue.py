@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everlora.cli import output
+from everlora.cli import completion, output
 from everlora.cli.parameters import AsJson, Debug
 
 if TYPE_CHECKING:
@@ -21,12 +21,19 @@ _SHARED_OPTIONS = {
     "training": ("everlora.training.options", "TrainingOptions"),
     "model": ("everlora.settings", "ModelOptions"),
     "learner": ("everlora.settings", "LearnerOptions"),
+    "head": ("everlora.heads.statistical", "HeadOptions"),
 }
 
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A method, to see its options.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="A method, to see its options.",
+            show_default=False,
+            autocompletion=completion.methods,
+        ),
     ] = None,
     *,
     as_json: AsJson = False,

@@ -9,16 +9,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder
+from everlora.cli.parameters import (
+    AsJson,
+    BaseModel,
+    ColumnNames,
+    Debug,
+    ImageColumn,
+    LabelColumn,
+    Settings,
+    TextColumn,
+    columns_from,
+    parse_settings,
+    split_names,
+)
+from everlora.cli.progress import StageProgress
 
 if TYPE_CHECKING:
     from everlora.doctor import Finding
+    from everlora.doctor.coming import Outlook
 
 __all__ = ["doctor"]
 
 
 def doctor(
-    folder: Folder,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="The learner's folder.", show_default=False)
+    ] = None,
+    coming: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DATA]...", help="Data that it is to learn next, in order.", show_default=False),
+    ] = None,
     *,
     repair: Annotated[
         bool, typer.Option("--repair", help="Move what is broken or left over to the folder 'removed'.")
@@ -27,15 +47,54 @@ def doctor(
         bool,
         typer.Option("--go-back", help="With --repair: if tasks are damaged, go back to the newest ones that are not."),
     ] = False,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", metavar="RECIPE", help="Look at a recipe instead of a learner.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", metavar="A,B", help="With --recipe: rows to try; its own otherwise.")
+    ] = None,
+    setting: Annotated[
+        str | None, typer.Option("--setting", metavar="NAME", help="With --recipe: which of its settings.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FOLDER", help="With --recipe: where its data lies.")
+    ] = None,
+    settings: Settings = None,
+    text_column: TextColumn = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    column: ColumnNames = None,
     model: BaseModel = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check every file of a learner, say what is wrong and how to mend it; exit code 1 when something is broken."""
-    from everlora.doctor import examine
+    """Check the files of a learner; with DATA, or --recipe, say before training what will go wrong and what it costs.
 
+    Nothing is changed without --repair. Exit code 1 when something is broken, 0 with warnings only.
+    """
     if go_back and not repair:
         raise typer.BadParameter("it goes with --repair", param_hint="--go-back")
+    if (folder is None) == (recipe is None):
+        raise typer.BadParameter("give either a learner's folder or --recipe", param_hint="DIR")
+    if repair and (recipe is not None or coming):
+        raise typer.BadParameter("it is for a learner's folder alone", param_hint="--repair")
+    if recipe is None and (methods or setting or data or settings):
+        raise typer.BadParameter("--methods, --setting, --data and --set go with it", param_hint="--recipe")
+    if recipe is not None:
+        given = {"setting": setting, "data": data, "model": model, "options": parse_settings(settings) or None}
+        _show_outlook(_look_at_recipe(recipe, methods=split_names(methods), **given), recipe, as_json=as_json)
+        return
+    assert folder is not None
+    columns = columns_from(column, text=text_column, image=image_column, label=label_column)
+    if coming:
+        _look_ahead(folder, coming, columns=columns, model=model, as_json=as_json)
+    else:
+        _look_at_files(folder, repair=repair, go_back=go_back, model=model, as_json=as_json)
+
+
+def _look_at_files(folder: Path, *, repair: bool, go_back: bool, model: str | None, as_json: bool) -> None:
+    from everlora.doctor import examine
+
     report: dict[str, Any] = {"folder": str(folder), "moved": [], "kept_tasks": None}
     if repair:
         findings = _repair(folder, report, model=model, go_back=go_back, may_ask=not as_json)
@@ -48,6 +107,68 @@ def doctor(
         _print(folder, findings, is_broken=is_broken)
     if is_broken:
         raise typer.Exit(1)
+
+
+def _look_at_recipe(recipe: str, **given: Any) -> Outlook:
+    with StageProgress() as progress:
+        from everlora.doctor import examine_recipe
+
+        return examine_recipe(recipe, progress=progress, **given)
+
+
+def _look_ahead(folder: Path, coming: list[str], *, columns: Any, model: str | None, as_json: bool) -> None:
+    """The files first: with a damaged learner nothing can be tried out."""
+    from everlora.doctor import examine
+
+    findings = [one for one in examine(folder, model=model, base=False) if one.severity != "note"]
+    if any(one.severity == "broken" for one in findings):
+        _look_at_files(folder, repair=False, go_back=False, model=model, as_json=as_json)
+        return
+    with StageProgress() as progress:
+        from everlora.doctor import examine_data
+
+        outlook = examine_data(folder, coming, columns=columns, model=model, progress=progress)
+    outlook.findings += findings
+    _show_outlook(outlook, str(folder), as_json=as_json)
+
+
+def _show_outlook(outlook: Outlook, subject: str, *, as_json: bool) -> None:
+    if as_json:
+        output.emit_json({"subject": subject, "ok": not outlook.is_broken, **vars(outlook)})
+    else:
+        _print_estimates(outlook)
+        for finding in outlook.findings:
+            output.line(str(finding))
+        if not outlook.findings:
+            output.line("Nothing was found that stands in the way.")
+        elif not outlook.is_broken:
+            output.line("Nothing is broken.")
+    if outlook.is_broken:
+        raise typer.Exit(1)
+
+
+def _print_estimates(outlook: Outlook) -> None:
+    if not outlook.estimates:
+        return
+    rows = [
+        (
+            one.row,
+            one.task,
+            str(one.rows),
+            str(one.steps),
+            output.duration(one.seconds),
+            f"{one.peak_memory_bytes / 2**20:.0f}",
+            str(one.parameters),
+        )
+        for one in outlook.estimates
+    ]
+    columns = ("method", "task", "rows", "steps", "about", "peak MiB", "trained parameters")
+    output.table(columns, rows, title="What each task will cost, estimated from a few steps")
+    for line in outlook.how:
+        output.line(line)
+    total = sum(one.seconds for one in outlook.estimates)
+    if len(outlook.estimates) > 1:
+        output.line(f"All of it: about {output.duration(total)}.")
 
 
 def _repair(folder: Path, report: dict[str, Any], *, model: str | None, go_back: bool, may_ask: bool) -> list[Finding]:

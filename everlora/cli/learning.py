@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everlora.cli import output
+from everlora.cli import completion, output
 from everlora.cli.parameters import (
     AsJson,
     BaseModel,
@@ -49,11 +49,19 @@ def init(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="How it learns; 'everlora methods' lists them and marks the default."),
+        typer.Option(
+            "--method",
+            help="How it learns; 'everlora methods' lists them and marks the default.",
+            autocompletion=completion.methods,
+        ),
     ] = None,
     scenario: Annotated[
         str,
-        typer.Option("--scenario", help="class_incremental, domain_incremental, task_incremental or language."),
+        typer.Option(
+            "--scenario",
+            help="class_incremental, domain_incremental, task_incremental or language.",
+            autocompletion=completion.scenarios,
+        ),
     ] = "class_incremental",
     text_column: TextColumn = None,
     image_column: ImageColumn = None,
@@ -95,6 +103,10 @@ def init(
         return
     output.line(f"Made a learner in {folder}: {report['method']}, {report['scenario']}, model {report['model']}.")
     output.line(f"Teach it with: everlora learn {folder} DATA")
+    if not keep_validation:
+        output.line(
+            "'everlora status' can follow old tasks only on rows kept back: --keep-validation N, here at 'init'."
+        )
 
 
 def learn(

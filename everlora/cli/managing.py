@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from everlora.cli import output
+from everlora.cli import completion, output
 from everlora.cli.parameters import AsJson, BaseModel, Debug, Folder
 from everlora.cli.progress import StageProgress
 
@@ -91,7 +91,11 @@ def export(
     model: BaseModel = None,
     layout: Annotated[
         str,
-        typer.Option("--format", help="merged: a plain model of the base's kind; peft: an adapter folder for PEFT."),
+        typer.Option(
+            "--format",
+            help="merged: a plain model of the base's kind; peft: an adapter folder for PEFT.",
+            autocompletion=completion.formats,
+        ),
     ] = "merged",
     task: Annotated[
         str | None,

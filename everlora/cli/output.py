@@ -10,7 +10,19 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["count", "duration", "emit_json", "kinds", "line", "listing", "percent", "plain", "signed_percent", "table"]
+__all__ = [
+    "count",
+    "duration",
+    "emit_json",
+    "is_first",
+    "kinds",
+    "line",
+    "listing",
+    "percent",
+    "plain",
+    "signed_percent",
+    "table",
+]
 
 _WIDTH_WITHOUT_TERMINAL = 160
 _NOTHING = {"", "-", "–"}  # noqa: RUF001 - the en dash that reports write where a number does not exist
@@ -33,14 +45,21 @@ def plain(value: Any) -> Any:
     return plain(convert()) if callable(convert) else str(value)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes, of several that `torchrun` may have started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def emit_json(value: Any) -> None:
     """Print one JSON document on standard output."""
-    sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    if is_first():
+        sys.stdout.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def line(text: str) -> None:
     """Print one line on standard output, as it is: no markup is read in it."""
-    sys.stdout.write(text + "\n")
+    if is_first():
+        sys.stdout.write(text + "\n")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
@@ -51,6 +70,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
         rows: one cell per heading, as text.
         title: a line above the table.
     """
+    if not is_first():
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table

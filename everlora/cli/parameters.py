@@ -24,6 +24,7 @@ __all__ = [
     "columns_from",
     "parse_settings",
     "split_names",
+    "whole_numbers",
 ]
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The learner's folder.")]
@@ -134,3 +135,24 @@ def split_names(words: str | None) -> list[str] | None:
     if words is None:
         return None
     return [name.strip() for name in words.split(",") if name.strip()]
+
+
+def whole_numbers(words: str | None, option: str) -> list[int] | None:
+    """Read `1993,1994`; `None` stays `None`.
+
+    Args:
+        words: numbers, separated by commas.
+        option: which option they were given for, for the message.
+
+    Raises:
+        typer.BadParameter: one of them is no whole number.
+    """
+    names = split_names(words)
+    if names is None:
+        return None
+    try:
+        return [int(name) for name in names]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected whole numbers as in 1993,1994, found '{words}'", param_hint=option
+        ) from error

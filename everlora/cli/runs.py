@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from everlora.cli import output
+from everlora.cli import completion, output
 from everlora.cli.parameters import (
     AsJson,
     CheckpointEvery,
@@ -17,6 +17,7 @@ from everlora.cli.parameters import (
     Settings,
     parse_settings,
     split_names,
+    whole_numbers,
 )
 from everlora.cli.progress import StageProgress
 
@@ -24,10 +25,19 @@ __all__ = ["recipes", "run"]
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a recipe file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="Name of a recipe, or a recipe file.", autocompletion=completion.recipes),
+    ],
     *,
     methods: Annotated[
-        str | None, typer.Option("--methods", metavar="A,B", help="Rows to run, or 'all'; the recipe's own otherwise.")
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="A,B",
+            help="Rows to run, or 'all'; the recipe's own otherwise.",
+            autocompletion=completion.method_list,
+        ),
     ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", metavar="1,2", help="One run for each seed.")] = None,
     data: Annotated[
@@ -56,6 +66,15 @@ def run(
             help="Measure accuracy also at N weights on the line between neighbouring tasks; 0 for none.",
         ),
     ] = 0,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            "--track",
+            metavar="A,B",
+            help="Trackers to write to, such as tensorboard or wandb.",
+            autocompletion=completion.tracker_list,
+        ),
+    ] = None,
     checkpoint_every: CheckpointEvery = None,
     discard_unfinished: DiscardUnfinished = False,
     settings: Settings = None,
@@ -67,8 +86,15 @@ def run(
     Interrupted, by Ctrl-C for instance, the same command goes on where it was.
     """
     options = parse_settings(settings)
-    numbers = _parse_seeds(seeds)
-    saving: dict[str, Any] = {"checkpoint_every": checkpoint_every, "discard_unfinished": discard_unfinished or None}
+    numbers = whole_numbers(seeds, "--seeds")
+    given: dict[str, Any] = {
+        "checkpoint_every": checkpoint_every,
+        "discard_unfinished": discard_unfinished or None,
+        "track": track,
+    }
+    from everlora.experiments import load_recipe
+
+    load_recipe(recipe)  # a mistake in its name or text is told before torch is loaded, which takes seconds
     with StageProgress() as progress:
         from everlora.experiments import run as run_recipe
         from everlora.training import signals_ask
@@ -86,7 +112,7 @@ def run(
                 progress=progress,
                 workers=workers,
                 path_points=path_points,
-                **{name: value for name, value in saving.items() if value is not None},
+                **{name: value for name, value in given.items() if value is not None},
             )
     if as_json:
         output.emit_json(results)
@@ -103,21 +129,12 @@ def run(
     output.line(f"Report: {folder / 'report.html'}")
 
 
-def _parse_seeds(words: str | None) -> list[int] | None:
-    names = split_names(words)
-    if names is None:
-        return None
-    try:
-        return [int(name) for name in names]
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"expected whole numbers as in 1993,1994, found '{words}'", param_hint="--seeds"
-        ) from error
-
-
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A recipe, to read its page.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="A recipe, to read its page.", show_default=False, autocompletion=completion.recipes
+        ),
     ] = None,
     *,
     as_json: AsJson = False,

@@ -76,6 +76,8 @@ def predict(
         answers = learner.predict(given, task=task, variant=variant)
     best = [_best(answer, top) for answer in answers]
     if table is not None and output_file is not None:
+        if not output.is_first():
+            return
         added = tables.write_table(output_file, table, best)
         _report_file(output_file, len(best), added, as_json=as_json)
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from everlora.doctor.arrays import Shapes
-from everlora.doctor.findings import Finding, broken, note, warning
+from everlora.doctor.findings import Finding, broken, warning
 from everlora.errors import EverloraError
 from everlora.store.layout import LEARNER_FILE
 
@@ -57,8 +57,26 @@ def examine_base(header: Mapping[str, Any], shapes: Shapes, moved_to: str | Path
         yield broken(LEARNER_FILE, what, "give the original with --model, or put it back")
         return
     if header.get("inputs_sha256") is not None:
-        yield note(LEARNER_FILE, "also fixes the tokenizer, which is not read here", "open the learner to check it")
+        yield from _compare_inputs(folder, header, source)
     yield from _compare_layers(folder, shapes)
+
+
+def _compare_inputs(folder: Path, header: Mapping[str, Any], source: str) -> Iterator[Finding]:
+    """Compare tokenizer and template with those that the learner was made with; its options may name a template."""
+    from everlora.backbones import fingerprint_of_inputs
+
+    options = header.get("options")
+    model = options.get("model") if isinstance(options, Mapping) else None
+    template = str(model.get("template", "auto")) if isinstance(model, Mapping) else "auto"
+    try:
+        found = fingerprint_of_inputs(folder, template=template)
+    except EverloraError as error:
+        what = f"fixes a tokenizer that cannot be read at {source} ({str(error).rpartition('; ')[0]})"
+        yield broken(LEARNER_FILE, what, "put the original tokenizer back")
+        return
+    if found != header["inputs_sha256"]:
+        what = f"was made with another tokenizer or template than the one at {source}, so that rows become other tokens"
+        yield broken(LEARNER_FILE, what, "give the original with --model, or put it back")
 
 
 def _find(source: str) -> Path | None:

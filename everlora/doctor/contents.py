@@ -10,7 +10,7 @@ from everlora.doctor.findings import RESTORE, broken, warning
 from everlora.doctor.folders import Stray
 from everlora.errors import StoreError
 from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from everlora.store import LearnerStore, StateEntry, TaskData, TaskEntry, checkpoints
+from everlora.store import LearnerStore, StateEntry, TaskData, TaskEntry, checkpoint_folders, read_checkpoint
 from everlora.store.files import load_arrays, load_json
 from everlora.store.layout import LOG_FILE, STATE_ARRAYS_FILE, STATE_FILE, TASK_FILE, read_listed, read_manifest
 
@@ -117,12 +117,10 @@ def examine_state(seen: Examination, entry: StateEntry) -> None:
 
 def examine_checkpoints(seen: Examination) -> None:
     """Check the checkpoints of an unfinished task; a broken one is passed over when the task goes on."""
-    parent = seen.root / checkpoints.CHECKPOINT_FOLDER
-    for folder in checkpoints._folders(parent):
-        place = f"{checkpoints.CHECKPOINT_FOLDER}/{folder.name}"
+    for folder in checkpoint_folders(seen.root):
+        place = folder.relative_to(seen.root).as_posix()
         try:
-            body = checkpoints._read_document(seen.root, folder)
-            checkpoints._read_arrays(seen.root, folder, body["files"])
+            read_checkpoint(seen.root, folder)
         except StoreError as error:
             what = f"is broken and is passed over when the task goes on ({str(error).partition('; ')[0]})"
             seen.findings.append(warning(place, what, "leave it, or let --repair move it"))

@@ -28,7 +28,16 @@ from everlora.streams import (
     load_splits,
 )
 
-__all__ = ["Progress", "Splits", "build_stream", "general_sets", "read_splits"]
+__all__ = [
+    "Progress",
+    "Splits",
+    "build_stream",
+    "cut_stream",
+    "general_sets",
+    "hub_configuration",
+    "read_splits",
+    "without_labels",
+]
 
 logger = logging.getLogger(__name__)
 Splits = dict[str, Examples]
@@ -61,7 +70,7 @@ def read_splits(
     source = locate(spec, given, recipe=recipe)
     logger.info("recipe %s reads %s", recipe, source.text)
     found = _load_language(source, spec) if is_language else _load(source, spec, progress)
-    splits = {name: _without(part, spec.drop_labels) for name, part in found.items()}
+    splits = {name: without_labels(part, spec.drop_labels) for name, part in found.items()}
     if "test" not in splits:
         if spec.test_fraction is None:
             raise DataError(f"{source.text} has no test split, which recipe '{recipe}' needs; add one to the data.")
@@ -95,7 +104,7 @@ def build_stream(
         DataError: the data does not fit the description.
     """
     parts = [(name, _splits_to_use(recipe, setting, splits)) for name, splits in parts]
-    made = _cut(recipe, setting, stream, parts, seed=seed)
+    made = cut_stream(recipe, setting, stream, parts, seed=seed)
     # The class order is that of the whole data, so the first tasks are the same however many are learned.
     return made if stream.tasks is None else dataclasses.replace(made, tasks=made.tasks[: stream.tasks])
 
@@ -109,10 +118,10 @@ def general_sets(recipe: Recipe, setting: Setting) -> list[tuple[str, Examples]]
     return found
 
 
-def _cut(
+def cut_stream(
     recipe: Recipe, setting: Setting, stream: StreamSpec, parts: Sequence[tuple[str, Splits]], *, seed: int
 ) -> Stream:
-    """All tasks of the stream."""
+    """Cut splits into tasks, all of them; `test` may be missing."""
     sample = {"train": setting.subsample.train, "test": setting.subsample.test}
     subsample = sample if any(sample.values()) else None
     order_seed = {"seed": seed, "natural": None}.get(str(stream.order), stream.order)
@@ -153,7 +162,7 @@ def _load(source: Source, spec: DataSpec, progress: Progress | None) -> Splits:
     if isinstance(value, Mapping) and all(isinstance(part, Examples) for part in value.values()):
         return dict(value)
     if source.kind == "hub" and spec.config is not None:
-        value = _hub_configuration(spec.hub or "", spec.config)
+        value = hub_configuration(spec.hub or "", spec.config)
     tell = (lambda done, total: progress("decode images", done, total)) if progress is not None else None
     columns = Columns.from_mapping(source.columns) if source.columns else None
     if source.kind == "hub" and spec.split is not None:
@@ -168,13 +177,14 @@ def _load_language(source: Source, spec: DataSpec) -> Splits:
     if isinstance(value, Mapping) and all(isinstance(part, Examples) for part in value.values()):
         return dict(value)
     if source.kind == "hub" and spec.config is not None:
-        value = _hub_configuration(spec.hub or "", spec.config)
+        value = hub_configuration(spec.hub or "", spec.config)
     if source.kind == "hub" and spec.split is not None:
         return {"train": load_dialogues(value, split=spec.split, columns=source.columns)}
     return load_dialogue_splits(value, columns=source.columns)
 
 
-def _hub_configuration(name: str, config: str) -> Any:
+def hub_configuration(name: str, config: str) -> Any:
+    """Load one configuration of a data set of the hub (DataError where that fails)."""
     try:
         return datasets.load_dataset(name, config)
     except Exception as error:  # the client raises some twenty types, of four libraries
@@ -203,7 +213,8 @@ def _train_and_test(recipe: Recipe, setting: Setting, splits: Splits) -> Splits:
     return {"train": train, "test": held_out}
 
 
-def _without(examples: Examples, dropped: Sequence[str]) -> Examples:
+def without_labels(examples: Examples, dropped: Sequence[str]) -> Examples:
+    """Leave out the rows of some classes, and the classes."""
     if not dropped or examples.labels is None:
         return examples
     kept = examples.select(np.flatnonzero(~np.isin(examples.labels.astype(str), list(dropped))))

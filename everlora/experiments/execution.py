@@ -13,13 +13,15 @@ from everlora.experiments.data import Progress
 from everlora.experiments.language import LanguageMeasurement
 from everlora.experiments.measuring import ClassMeasurement, Measurement, rows_to_test
 from everlora.experiments.paths import has_path, measured_pair
-from everlora.experiments.plan import Plan, Streams, identity, method_row, row_options
+from everlora.experiments.plan import Plan, StreamSource, identity, method_row, row_options
 from everlora.experiments.recipe import stream_of
 from everlora.experiments.records import RunRecord
 from everlora.experiments.retention import own_texts
 from everlora.experiments.traces import bytes_on_disk, pretrained_digest, reference_parameters, tensor_digests
+from everlora.experiments.tracked import moment_figures, open_trackers
 from everlora.learner import Learner
 from everlora.streams import Examples, Stream, concatenate
+from everlora.tracking import Trackers
 from everlora.training import stop_if_asked
 
 __all__ = ["execute", "run_folder"]
@@ -32,7 +34,16 @@ def run_folder(out: Path, row: str, seed: int) -> Path:
     return out / f"{row}-{seed}"
 
 
-def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, progress: Progress) -> dict[str, Any]:
+def execute(
+    plan: Plan,
+    row: str,
+    seed: int,
+    *,
+    streams: StreamSource,
+    out: Path,
+    progress: Progress,
+    measurement: Measurement | None = None,
+) -> dict[str, Any]:
     """Run one row with one seed, from where an earlier run of it stopped.
 
     After each task the test sets of all tasks seen so far are evaluated, and only then; those of a language model
@@ -47,6 +58,7 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
         streams: gives the seed's stream.
         out: folder of the whole experiment.
         progress: called with a stage, the steps done and their number.
+        measurement: what is measured; None for all that the recipe asks for.
 
     Returns:
         The finished record, as plain values.
@@ -56,7 +68,7 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
         StoreError: the learner and its record do not fit together.
     """
     stream = streams(seed)
-    measurement = _measurement(plan, row, streams, out)
+    measurement = measurement or _measurement(plan, row, streams, out)
     record = _open_record(plan, row, seed, stream, run_folder(out, row, seed), measurement)
     pairs = _wanted_pairs(plan, record)
     if record.is_complete and not pairs:
@@ -67,18 +79,24 @@ def execute(plan: Plan, row: str, seed: int, *, streams: Streams, out: Path, pro
     _note_the_start(plan, record, learner, num_classes=len(stream.tasks[0].labels))
     measurement.begin(learner, record, stream)
     work = _Work(learner, record, stream, measurement, _prefixed(progress, stage), saving=plan.saving)
+    with open_trackers(plan, row, seed, learner=learner, out=out) as work.watch:
+        _learn_and_measure(plan, work, pairs, lambda done: progress(stage, done, len(stream.tasks)), out)
+    return record.values
+
+
+def _learn_and_measure(plan: Plan, work: _Work, pairs: list[int], tell: Callable[[int], None], out: Path) -> None:
+    learner, record, stream, row = work.learner, work.record, work.stream, work.record.values["method"]
     if (count := method_row(plan.recipe, row).own_texts) is not None:
         work.rehearse(count, out)
     if learner.trains_on == "stream":
         work.learn_whole()
-        progress(stage, len(stream.tasks), len(stream.tasks))
+        tell(len(stream.tasks))
     else:
         paths = _Paths(learner, record, stream, plan.path_points, pairs, work.progress)
-        work.learn_in_turn(paths.measure, lambda done: progress(stage, done, len(stream.tasks)))
-    return record.values
+        work.learn_in_turn(paths.measure, tell)
 
 
-def _measurement(plan: Plan, row: str, streams: Streams, out: Path) -> Measurement:
+def _measurement(plan: Plan, row: str, streams: StreamSource, out: Path) -> Measurement:
     """What this recipe measures."""
     if stream_of(plan.recipe, plan.setting).scenario != "language":
         return ClassMeasurement()
@@ -130,7 +148,8 @@ def _note_the_start(plan: Plan, record: RunRecord, learner: Learner, *, num_clas
     if record.rows_done:
         return
     record.values["reference_parameters"] = reference_parameters(learner, num_classes)
-    record.values["recognition"] = learner.settings.as_parts()["method"].get("select")
+    record.values["resolved"] = learner.settings.as_parts()
+    record.values["recognition"] = record.values["resolved"]["method"].get("select")
     if any(claim.test == "unchanged" for claim in plan.recipe.claims.values()):
         record.values["pretrained_digest"] = pretrained_digest(learner)
         record.values["digests"] = []
@@ -186,6 +205,7 @@ class _Work:
     progress: Progress
     extra: int = 0
     saving: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    watch: Trackers | None = None
 
     def rehearse(self, count: int, folder: Path) -> None:
         """Let texts of the pretrained model go by the method's memory before the first task.
@@ -232,12 +252,14 @@ class _Work:
 
     def _learn(self, rows: Examples, name: str, **training: Any) -> None:
         stop_if_asked()
-        self.learner.learn(rows, name=name, progress=self.progress, **self.saving, **training)
+        self.learner.learn(rows, name=name, progress=self.progress, watch=self.watch, **self.saving, **training)
 
     def measure(self, index: int, *, learned: int) -> None:
         """Fill row `index`; `learned` is the task of the learner whose cost and figures belong to it."""
         learner, values = self.learner, self.record.values
         self.measurement.measure(learner, self.record, self.stream, index)
+        if self.watch is not None:
+            self.watch.figures(moment_figures(values, [task.name for task in self.stream.tasks], index))
         kept = learner.card()["tasks"][learned]
         seconds = kept["cost"]["seconds"]
         cost = kept["cost"] | {"task": index, "seconds": seconds["total"], "parts": seconds}

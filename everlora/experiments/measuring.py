@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from everlora.errors import DataError
@@ -10,7 +11,7 @@ from everlora.experiments.records import COUNTS, RunRecord
 from everlora.learner import Learner
 from everlora.streams import Examples, Stream, Task
 
-__all__ = ["ClassMeasurement", "Measurement", "rows_to_test"]
+__all__ = ["ClassMeasurement", "Measurement", "rows_to_test", "task_confusion"]
 
 
 class Measurement(Protocol):
@@ -41,6 +42,34 @@ class ClassMeasurement:
         """Count right answers on the tests of all tasks up to `index`."""
         counts = learner.evaluate_tasks([(task.index, rows_to_test(task)) for task in stream.tasks[: index + 1]])
         record.put_counts([dataclasses.asdict(one) for one in counts], index)
+        labels = [task.labels for task in stream.tasks[: index + 1]]
+        record.values["task_confusion"] = task_confusion([one.predicted for one in counts], labels)
+
+
+def task_confusion(
+    predicted: Sequence[Mapping[str, int] | None], labels: Sequence[Sequence[str]]
+) -> list[list[int]] | None:
+    """Count rows by their own task and by the task whose class was predicted.
+
+    Args:
+        predicted: for each task, how many of its test rows were predicted as which label.
+        labels: of each of these tasks.
+
+    Returns:
+        `(T, T)`, a row for each true task; None where the task was given or a label belongs to several tasks.
+    """
+    owner = {label: task for task, names in enumerate(labels) for label in names}
+    if len(owner) < sum(map(len, labels)):
+        return None
+    rows = []
+    for counts in predicted:
+        if counts is None:
+            return None
+        row = [0] * len(labels)
+        for label, count in counts.items():
+            row[owner[label]] += count
+        rows.append(row)
+    return rows
 
 
 def rows_to_test(task: Task) -> Examples:

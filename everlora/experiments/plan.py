@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from everlora.backbones import resolve_source
 from everlora.errors import ModelError, OptionError, nearest
@@ -21,7 +21,7 @@ from everlora.methods import list_methods, method_spec
 from everlora.settings import Settings
 from everlora.streams import Examples, Stream
 
-__all__ = ["Plan", "Streams", "identity", "make_plan", "method_row", "row_options"]
+__all__ = ["Plan", "StreamSource", "Streams", "identity", "make_plan", "method_row", "row_options"]
 
 Given = Mapping[str, Any]
 
@@ -43,6 +43,7 @@ class Plan:
         options: options given for every row.
         path_points: places at which accuracy is measured between two tasks' weights; decides no other number.
         saving: how the task that is being learned is saved, as `Learner.learn` takes it; decides no number.
+        track: names of trackers; decides no number.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Plan:
     options: Given = field(default_factory=dict)
     path_points: int = 0
     saving: Given = field(default_factory=dict)
+    track: tuple[str, ...] = ()
 
     @functools.cached_property
     def recipe(self) -> Recipe:
@@ -85,6 +87,7 @@ class Plan:
             "options": dict(self.options),
             "path_points": self.path_points,
             "saving": dict(self.saving),
+            "track": list(self.track),
         }
 
     @classmethod
@@ -101,7 +104,18 @@ class Plan:
             options=values["options"],
             path_points=values.get("path_points", 0),
             saving=values.get("saving", {}),
+            track=tuple(values.get("track", ())),
         )
+
+
+class StreamSource(Protocol):
+    """What a run takes its rows from."""
+
+    def __call__(self, seed: int) -> Stream:
+        """Return the stream of one seed."""
+
+    def general(self) -> list[tuple[str, Examples]]:
+        """Name and test rows of each data set of general abilities."""
 
 
 class Streams:

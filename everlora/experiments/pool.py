@@ -28,7 +28,14 @@ _LAST_CHARACTERS = 2000
 
 
 @answering()
-def run_jobs(plan_file: Path, jobs: Sequence[Job], *, workers: int, progress: Progress) -> None:
+def run_jobs(
+    plan_file: Path,
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    progress: Progress,
+    module: str = "everlora.experiments.worker",
+) -> None:
     """Run every job in one of `workers` processes; each process takes the next job when it is done with one.
 
     Args:
@@ -36,6 +43,7 @@ def run_jobs(plan_file: Path, jobs: Sequence[Job], *, workers: int, progress: Pr
         jobs: pairs of row and seed.
         workers: number of processes.
         progress: called from one thread at a time.
+        module: what a process runs; it is given the plan's file and serves jobs, see `serve`.
 
     Raises:
         EverloraError: the first error of a job, as the same class; the other processes are asked to stop. Also where
@@ -47,7 +55,8 @@ def run_jobs(plan_file: Path, jobs: Sequence[Job], *, workers: int, progress: Pr
         waiting.put(job)
     lock = threading.Lock()
     failures: list[BaseException] = []
-    crew = [_Worker(plan_file, waiting, progress, lock, failures) for _ in range(min(workers, len(jobs)))]
+    command = [sys.executable, "-m", module, str(plan_file)]
+    crew = [_Worker(command, waiting, progress, lock, failures) for _ in range(min(workers, len(jobs)))]
     try:
         for worker in crew:
             worker.start()
@@ -71,7 +80,7 @@ class _Worker(threading.Thread):
 
     def __init__(
         self,
-        plan_file: Path,
+        command: Sequence[str],
         waiting: queue.SimpleQueue[Job],
         progress: Progress,
         lock: threading.Lock,
@@ -81,7 +90,7 @@ class _Worker(threading.Thread):
         self._waiting, self._progress, self._lock, self._failures = waiting, progress, lock, failures
         self._words: IO[bytes] = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "everlora.experiments.worker", str(plan_file)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+import everlora
 from everlora import __version__
 from everlora.errors import OptionError, UnsupportedError
 from everlora.experiments.claims import judge
+from everlora.experiments.commits import commits
 from everlora.experiments.data import Progress
 from everlora.experiments.execution import execute
 from everlora.experiments.paths import has_path, path_positions
@@ -26,14 +28,16 @@ from everlora.experiments.recipe import recipe_text
 from everlora.experiments.records import read_json, write_json
 from everlora.experiments.schema import PublishedFigure
 from everlora.report import write_report
+from everlora.tracking import check_trackers
 from everlora.training import Interval
+from everlora.training.processes import processes
 
 __all__ = ["run"]
 
 logger = logging.getLogger("everlora.experiments")
 
 FORMAT = 1
-_LIBRARIES = ("torch", "transformers", "datasets", "numpy")
+_LIBRARIES = ("torch", "transformers", "datasets", "numpy", "peft", "accelerate", "scikit-learn", "safetensors")
 # Rows and seeds may be added to a folder later; these must stay as they are.
 _FIXED = ("text", "setting", "model", "data", "options")
 _COPIED = (
@@ -43,10 +47,12 @@ _COPIED = (
     "correct",
     "task_aware",
     "task_correct",
+    "task_confusion",
     "sizes",
     "cost",
     "panels",
     "options",
+    "resolved",
     "paths",
     "reference_parameters",
     "recognition",
@@ -71,6 +77,7 @@ def run(
     path_points: int = 0,
     checkpoint_every: str | int | None = None,
     discard_unfinished: bool = False,
+    track: str | Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a recipe: every method with every seed, measured after each task.
 
@@ -97,6 +104,8 @@ def run(
             by the same call with this argument, and nothing is learned again.
         checkpoint_every: how often the task that is being learned is saved, as the learner's option of that name.
         discard_unfinished: put what is left of interrupted tasks aside instead of going on with them.
+        track: names of experiment trackers, as `everlora.tracking.check_trackers` takes them; their files go into
+            `tracking/` in the folder.
 
     Returns:
         The content of `results.json`, and `folder`, where it lies.
@@ -105,9 +114,14 @@ def run(
         OptionError: an unknown recipe, setting, row or option, or a folder with results of another configuration.
         DataError: the data cannot be found or does not fit the recipe.
         ModelError: no base model can be found.
-        UnsupportedError: several workers with data in memory.
+        UnsupportedError: several workers with data in memory, or several processes under torchrun.
         InterruptedLearning: somebody asked for a stop.
     """
+    if processes().size > 1:
+        raise UnsupportedError(
+            f"a recipe is run by one process, found {processes().size}; start it without torchrun and share its rows "
+            "and seeds with workers, or teach a Learner under torchrun."
+        )
     if path_points:
         path_positions(path_points)
     saving: dict[str, Any] = {"discard_unfinished": True} if discard_unfinished else {}
@@ -125,7 +139,7 @@ def run(
         data=data,
         options=options,
     )
-    plan = dataclasses.replace(plan, path_points=path_points, saving=saving)
+    plan = dataclasses.replace(plan, path_points=path_points, saving=saving, track=check_trackers(track))
     workers = _number_of_workers(workers, plan)
     _warn_of_missing_paths(plan)
     report = progress or _silent
@@ -211,6 +225,7 @@ def _results(plan: Plan, folder: Path, source: str, *, threads: int) -> dict[str
         "model": plan.model if not Path(plan.model).is_dir() else Path(plan.model).name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"everlora": __version__, "python": platform.python_version(), **_library_versions()},
+        "commits": commits(Path(everlora.__file__).parent, Path.cwd()),
         "device": _device(),
         "threads": threads,
         "seeds": seeds,

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from everlora.errors import EverloraError
+from everlora.experiments.data import Progress
 from everlora.experiments.execution import execute
 from everlora.experiments.plan import Plan, Streams
 from everlora.experiments.records import read_json
 from everlora.training import answering, signals_ask
 
-__all__ = ["main"]
+__all__ = ["main", "serve", "start"]
+
+Work = Callable[[str, int, Progress], None]
+"""Does the job of a name and a seed, and reports how far it is."""
 
 
 def main(plan_file: Path, jobs: IO[str], messages: IO[str]) -> None:
@@ -29,27 +34,49 @@ def main(plan_file: Path, jobs: IO[str], messages: IO[str]) -> None:
         messages: where the answers go.
     """
     plan = Plan.from_json(read_json(plan_file))
+    streams = Streams(plan, _sender(messages))
 
-    def send(**message: Any) -> None:
-        messages.write(json.dumps(message) + "\n")
-        messages.flush()
+    def work(row: str, seed: int, progress: Progress) -> None:
+        execute(plan, row, seed, streams=streams, out=plan_file.parent, progress=progress)
 
-    def progress(stage: str, done: int, total: int) -> None:
-        send(kind="progress", stage=stage, done=done, total=total)
+    serve(work, jobs, messages)
 
-    streams = Streams(plan, progress)
+
+def serve(work: Work, jobs: IO[str], messages: IO[str]) -> None:
+    """Do jobs until there are no more, and answer each with `done` or `error`.
+
+    Args:
+        work: does one job; its errors are sent on.
+        jobs: lines `["name", seed]`.
+        messages: where the answers go.
+    """
+    progress = _sender(messages)
     for line in jobs:
-        row, seed = json.loads(line)
+        name, seed = json.loads(line)
         try:
-            execute(plan, row, seed, streams=streams, out=plan_file.parent, progress=progress)
+            work(name, seed, progress)
         except EverloraError as error:
-            send(kind="error", type=type(error).__name__, text=str(error))
+            _send(messages, kind="error", type=type(error).__name__, text=str(error))
         else:
-            send(kind="done")
+            _send(messages, kind="done")
 
 
-if __name__ == "__main__":
+def start(process: Callable[[Path, IO[str], IO[str]], None]) -> None:
+    """Run the main function of such a process on its arguments, input and output."""
     # Whatever a library prints must not get between the messages.
     channel, sys.stdout = sys.stdout, sys.stderr
     with signals_ask(), answering():
-        main(Path(sys.argv[1]), sys.stdin, channel)
+        process(Path(sys.argv[1]), sys.stdin, channel)
+
+
+def _sender(messages: IO[str]) -> Progress:
+    return lambda stage, done, total: _send(messages, kind="progress", stage=stage, done=done, total=total)
+
+
+def _send(messages: IO[str], **message: Any) -> None:
+    messages.write(json.dumps(message) + "\n")
+    messages.flush()
+
+
+if __name__ == "__main__":
+    start(main)

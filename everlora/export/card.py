@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+import yaml
 
 import everlora
 from everlora.export.layout import Layout
+from everlora.export.lineage import base_on_hub, facts_table, licence_of, lineage_sections
 
 __all__ = ["write_card"]
 
@@ -24,15 +27,21 @@ def write_card(
 
     Args:
         layout: what was written, and the code that loads it.
-        card: what the learner says of itself: `method`, `scenario`, `base_model`, `base_sha256`, and `tasks`, a list
-            of mappings with `name` and `labels`; all optional.
+        card: what the learner says of itself, see `Learner.card`: `method`, `scenario`, `base_model`, `base_sha256`,
+            `changed_options`, `versions`, and `tasks`, a list of mappings with `name`, `labels`, what was recorded of
+            them and their figures; all optional, as are `name` and `datasets`, names of data sets on the hub.
         max_difference: largest difference of a logit from the learner's on the probe batch.
         truncation: relative error of each layer's update whose rank was cut.
 
     Returns:
         Markdown.
     """
-    parts = [_front_matter(layout), f"# {card.get('name') or 'A model taught in tasks'}", layout.summary()]
+    licence = licence_of(layout.backbone.folder)
+    parts = [
+        _front_matter(layout, card, licence),
+        f"# {card.get('name') or 'A model taught in tasks'}",
+        layout.summary(),
+    ]
     parts += [_facts(layout, card, max_difference)]
     if truncation:
         parts += [
@@ -44,39 +53,33 @@ def write_card(
     if pipeline is not None:
         parts += ["The same through a pipeline, which turns the logits into probabilities:"]
         parts += [f"```python\n{pipeline}\n```"]
-    parts += [*layout.sections(), *_tasks(card.get("tasks") or ())]
+    parts += [*layout.sections(), *lineage_sections(card, licence)]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(layout: Layout) -> str:
-    library = layout.library if layout.base is None else "peft"
-    tags = "\n".join(["tags:", "- everlora", "- continual-learning"])
-    return f"---\nlibrary_name: {library}\npipeline_tag: {layout.pipeline_tag}\n{tags}\n---"
+def _front_matter(layout: Layout, card: Mapping[str, Any], licence: str | None) -> str:
+    """What the hub reads: valid YAML between two lines."""
+    base = base_on_hub(card, layout.base)
+    values: dict[str, Any] = {
+        "library_name": layout.library if layout.base is None else "peft",
+        "pipeline_tag": layout.pipeline_tag,
+        "tags": ["everlora", "continual-learning", *([str(card["method"])] if card.get("method") else [])],
+    }
+    if base is not None:
+        values |= {"base_model": base, "base_model_relation": "finetune" if layout.base is None else "adapter"}
+    if licence is not None:
+        values["license"] = licence
+    if card.get("datasets"):
+        values["datasets"] = [str(name) for name in card["datasets"]]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
 def _facts(layout: Layout, card: Mapping[str, Any], max_difference: float | None) -> str:
     rows = [(title, card[key]) for title, key in _FACTS if card.get(key) is not None]
     rows += layout.facts()
     rows += [("Made with", f"everlora {everlora.__version__}, {layout.made_with}")]
+    if card.get("versions"):
+        rows += [("Learner begun with", ", ".join(f"{name} {version}" for name, version in card["versions"].items()))]
     if max_difference is not None:
         rows += [("Largest difference of a logit from the learner's, on a probe batch", f"{max_difference:.2g}")]
-    return "\n".join(["| | |", "|---|---|", *(f"| {title} | {_cell(value)} |" for title, value in rows)])
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _tasks(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not tasks:
-        return []
-    title = "## Tasks, in the order they were learned"
-    names = [_cell(task.get("name", "")) for task in tasks]
-    counts = [len(task.get("labels") or ()) for task in tasks]
-    if not any(counts):
-        return [
-            title,
-            "\n".join(["| | Task |", "|---|---|", *(f"| {i + 1} | {name} |" for i, name in enumerate(names))]),
-        ]
-    rows = [f"| {i + 1} | {name} | {count} |" for i, (name, count) in enumerate(zip(names, counts, strict=True))]
-    return [title, "\n".join(["| | Task | Labels |", "|---|---|---|", *rows])]
+    return facts_table(rows)

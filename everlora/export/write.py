@@ -24,6 +24,7 @@ from everlora.export.folder import new_folder, write_json
 from everlora.export.head import ExportHead
 from everlora.export.huggingface import HuggingFaceLayout
 from everlora.export.layout import ClassifierLayout, Layout
+from everlora.export.lineage import lineage_of
 from everlora.export.plain import merged_state
 from everlora.lowrank import AdaptedLayer
 from everlora.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -227,6 +228,7 @@ def write_notes(
             "has_classifier": layout.has_classifier,
             "max_logit_difference": max_difference,
             "truncation": dict(truncation or {}),
+            "lineage": lineage_of(card),
             "everlora": everlora.__version__,
             "transformers": transformers.__version__,
             **(more or {}),

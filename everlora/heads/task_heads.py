@@ -16,6 +16,7 @@ __all__ = ["HeadRows", "TaskHeads"]
 # Squares of the bounds of a new head's weights and biases, times the features: torch's own start, zeros, and the
 # uniform start of variance 1 / features over zero biases.
 _STARTS = {"uniform": (1.0, 1.0), "zeros": (0.0, 0.0), "kaiming": (3.0, 0.0)}
+_COSINE_SCALE = 16.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class TaskHeads(nn.Module):
     """Linear heads, one per task, each trained while its task is learned and frozen afterwards.
 
     A class that returns in a later task gets one more row there; its score is the maximum over its rows.
+
+    Attributes:
+        cosine: score by the cosine of features and rows, times 16, without a bias; to be set before the first task.
+
     Source: section 7 of the InfLoRA reference (heads, inference without task identity).
     """
 
@@ -48,6 +53,7 @@ class TaskHeads(nn.Module):
         """Make an empty set of heads; new ones start `uniform`, as torch draws them, from `zeros` or by `kaiming`."""
         super().__init__()
         self.init = init
+        self.cosine = False
         self.feature_dim = feature_dim
         self.heads = nn.ModuleList()
         self.classes: list[tuple[int, ...]] = []
@@ -101,6 +107,7 @@ class TaskHeads(nn.Module):
     def first(self, count: int) -> TaskHeads:
         """The heads of the first tasks alone; they are shared, not copied."""
         part = TaskHeads(self.feature_dim, self.init)
+        part.cosine = self.cosine
         part.heads, part.classes = self.heads[:count], self.classes[:count]
         return part
 
@@ -116,7 +123,14 @@ class TaskHeads(nn.Module):
     def row_logits(self, features: Tensor, task: int | None = None) -> Tensor:
         """Logits of all rows in task order, or of one task's rows: `(n, features) -> (n, rows)`."""
         chosen = self.linears if task is None else [self.linears[task]]
+        if self.cosine:
+            unit = nn.functional.normalize(features, dim=1)
+            return torch.cat([unit @ self._directions(head).T for head in chosen], dim=1)
         return torch.cat([head(features) for head in chosen], dim=1)
+
+    @staticmethod
+    def _directions(head: nn.Linear) -> Tensor:
+        return _COSINE_SCALE * nn.functional.normalize(head.weight, dim=1)
 
     def class_logits(self, features: Tensor, task: int | None = None) -> Tensor:
         """Score of every class, the maximum over its rows; `-inf` for classes without a row in `task`.
@@ -190,9 +204,12 @@ class TaskHeads(nn.Module):
 
     def rows(self) -> HeadRows:
         """All rows in task order, detached and on the CPU."""
-        weight = torch.cat([head.weight.detach().float().cpu() for head in self.linears])
+        weights = [self._directions(head) if self.cosine else head.weight for head in self.linears]
+        weight = torch.cat([rows.detach().float().cpu() for rows in weights])
         bias = torch.cat([head.bias.detach().float().cpu() for head in self.linears])
-        return HeadRows(weight, bias, tuple(c for classes in self.classes for c in classes))
+        bias = torch.zeros_like(bias) if self.cosine else bias
+        classes = tuple(c for classes in self.classes for c in classes)
+        return HeadRows(weight, bias, classes, normalize=self.cosine)
 
     def _row_classes(self, device: torch.device, task: int | None) -> Tensor:
         chosen = self.classes if task is None else [self.classes[task]]

@@ -60,7 +60,7 @@ def score_encoded(trainer: TaskTrainer, encoded: EncodedTokens) -> LanguageScore
     data = TaskData(encoded, torch.zeros(len(encoded), dtype=torch.long), torch.as_tensor(encoded.ids))
     head = head_of(language_model(trainer.backbone))
     nll, tokens = 0.0, 0
-    with evaluating(trainer.backbone):
+    with trainer.processes.together(), evaluating(trainer.backbone):
         for _, batch in trainer.encode(data, "score"):
             if batch.features is None:
                 continue
@@ -69,4 +69,6 @@ def score_encoded(trainer: TaskTrainer, encoded: EncodedTokens) -> LanguageScore
             losses = token_nll(head, batch.features[:, :-1][places], following[places])
             nll += float(losses.cpu().double().sum())
             tokens += len(losses)
+    sums = trainer.processes.sum(torch.tensor([nll, tokens], dtype=torch.float64)).tolist()  # of rows of their own
+    nll, tokens = sums[0], int(sums[1])
     return LanguageScore(nll, tokens, int(encoded.num_bytes.sum()), len(encoded))

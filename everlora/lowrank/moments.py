@@ -140,6 +140,15 @@ class SecondMoment:
         self._sum.copy_(total)
         self._count = int(count.item())
 
+    def sum_with(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add up sums and counts over processes, once per pass.
+
+        Args:
+            total: returns the sum of a tensor over all processes; of an only one the tensor itself.
+        """
+        self._sum = total(self._sum)
+        self._count = int(total(torch.tensor([self._count])))
+
     def state_dict(self) -> dict[str, Any]:
         """Return `{"dim", "count", "sum"}`; the tensor is a copy."""
         return {"dim": self.dim, "count": self._count, "sum": self._sum.clone()}

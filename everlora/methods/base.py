@@ -28,6 +28,7 @@ __all__ = [
     "Share",
     "State",
     "TaskInfo",
+    "Together",
 ]
 
 State = dict[str, Any]
@@ -81,6 +82,7 @@ class TaskInfo:
         classes: class indices of its labels (indices are given in order of first appearance over all tasks).
         num_examples: training rows.
         steps: optimiser steps that it will be trained for.
+        judged_apart: whether something else than the heads in training gives the scores, so that one class will do.
     """
 
     index: int
@@ -88,6 +90,7 @@ class TaskInfo:
     classes: tuple[int, ...]
     num_examples: int
     steps: int = 0
+    judged_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,42 @@ class Loss:
     terms: Mapping[str, float] = field(default_factory=dict)
 
 
+class Together(Protocol):
+    """Several processes that learn a task together; each must make the same calls in the same order."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all processes, the same bits in each."""
+
+    def gather(self, state: Mapping[str, Any]) -> list[State]:
+        """Tensors and plain JSON values by name, of each process, in their order."""
+
+
+class _Alone:
+    """One process."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self, state: Mapping[str, Any]) -> list[State]:
+        return [dict(state)]
+
+
 class Collect(Protocol):
-    """A pass over the current task's training rows, without gradients and in evaluation mode."""
+    """A pass over the current task's training rows, without gradients and in evaluation mode.
+
+    Of several processes each visits some of the batches, each batch whole and in one process alone; the first batch is
+    the first process's, and a process may get none. So what a method gathered is a part until it is put together, once,
+    after the pass and in every process, whether or not it visited anything:
+
+    - sums and counts, of any integer or float dtype, by `total = self.processes.sum(total)`. With one process that is
+      the tensor itself, so nothing is added twice; sums that go on over several passes must add the total of each.
+    - rows that are needed one by one (features, logits) by `everlora.methods.gathering.gather_rows`, which puts those
+      of all processes together in the order of the pass, so that they are the very rows of one process.
+    - what a single batch decides, such as shapes, by `self.processes.gather({...})[0]`, that of the first process.
+
+    All processes go on with the same bits then. Nothing may be exchanged while a pass runs, as processes visit unequal
+    numbers of batches; and `gathered` and `resume_gathering` speak of this process's part.
+    """
 
     def __call__(
         self,
@@ -169,7 +206,7 @@ class Collect(Protocol):
         """Run the encoder on every row and hand `(batch, features)` to `visit`.
 
         Args:
-            visit: called once a batch; None when only forward hooks are of interest.
+            visit: called once for each batch of this process; None when only forward hooks are of interest.
             stage: what the pass is for; names the progress bar and keys the augmentation.
             before: called with each batch before the encoder runs on it.
             augment: training augmentation (one draw a row) or the evaluation transform.
@@ -177,7 +214,7 @@ class Collect(Protocol):
             validation: pass over the rows kept for validation instead, never augmented; there may be none.
 
         Returns:
-            The number of rows seen.
+            The number of rows seen, by all processes.
         """
 
     def rows(self, numbers: Tensor | None = None) -> tuple[Any, Tensor]:
@@ -209,6 +246,10 @@ class Method(Resumable, ABC):
     """Modalities of the models it can train; `language` stands for causal language models."""
     variants: tuple[str, ...] = ()
     """Names of the weights that one may predict with, the usual ones first; empty where there is but one choice."""
+    processes: Together = _Alone()
+    """Those that learn the task together; the training loop puts them here. See `Collect` for what they are for."""
+    counts_padding: bool = False
+    """True where a loss looks at padding, too: rows of tokens are then padded alike in all pieces of a step."""
     settled: bool = True
     """False while the weights of a task are not yet of the kind that is kept, before pruning for instance: until then
     no epoch is remembered as the best."""
@@ -248,6 +289,10 @@ class Method(Resumable, ABC):
 
         Called before each step; all else is in training mode by then, and batch norms move only if this hook says so.
         """
+
+    def moves_statistics(self) -> bool:
+        """Whether `train_mode` will let batch norms follow the rows, which must then see those of a step at once."""
+        return False
 
     def before_step(self, rows: Tensor) -> None:
         """React to the beginning of a step over rows `(n,)` of the task, those of all pieces and processes."""
@@ -303,10 +348,6 @@ class Method(Resumable, ABC):
             variant: one of `variants`; None for the usual ones.
         """
         return nullcontext()
-
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        """Sum a tensor over the processes that train together; the training loop replaces this where there are any."""
-        return values
 
     @abstractmethod
     def parameters(self) -> dict[str, list[nn.Parameter]]:

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from everlora.errors import DataError, UnsupportedError
 from everlora.heads import Aligner, AlignmentOptions, LanguageHead, TaskHeads
-from everlora.methods.base import Batch, Collect, Encoder, State, TaskInfo
+from everlora.methods.base import Batch, Collect, Encoder, State, TaskInfo, Together
+from everlora.methods.gathering import gather_rows
 from everlora.methods.keys import keyed_generator, task_key, tasks_in
 
 __all__ = [
@@ -62,16 +62,18 @@ def load_head(heads: Heads, state: State, index: int, prefix: str) -> None:
     heads.load_task(state[task_key(index, "classes")], **rows)
 
 
-def features_by_class(task: TaskInfo, collect: Collect) -> dict[int, Tensor]:
-    """Features `(n, d)` of each class of the task, without augmentation, on the CPU."""
-    rows: dict[int, list[Tensor]] = {c: [] for c in task.classes}
+def features_by_class(task: TaskInfo, collect: Collect, processes: Together) -> dict[int, Tensor]:
+    """Features `(n, d)` of each class of the task, without augmentation, on the CPU; in each process all of them."""
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
 
     def keep(batch: Batch, features: Tensor) -> None:
-        for c in torch.unique(batch.labels).tolist():
-            rows[c].append(features[batch.labels == c].cpu())
+        rows.append(features.cpu())
+        labels.append(batch.labels.cpu())
 
     collect(keep, stage="class statistics", augment=False)
-    return {c: torch.cat(parts) for c, parts in rows.items()}
+    seen = gather_rows(processes, {"features": rows, "labels": labels})
+    return {c: seen["features"][seen["labels"] == c] for c in task.classes}
 
 
 def aligner_of(options: Any, encoder: Encoder) -> Aligner | None:
@@ -89,11 +91,13 @@ def aligner_of(options: Any, encoder: Encoder) -> Aligner | None:
     return Aligner(AlignmentOptions(**given))
 
 
-def realign(aligner: Aligner | None, heads: Heads, task: TaskInfo, collect: Collect, *, seed: int) -> None:
+def realign(
+    aligner: Aligner | None, heads: Heads, task: TaskInfo, collect: Collect, *, processes: Together, seed: int
+) -> None:
     """Realign all heads after a task, with a generator of the task's own; does nothing without an aligner."""
     if aligner is not None and isinstance(heads, TaskHeads):
         generator = keyed_generator(seed, task.index, "alignment")
-        aligner.end_task(heads, task.index, features_by_class(task, collect), generator)
+        aligner.end_task(heads, task.index, features_by_class(task, collect, processes), generator)
 
 
 def check_classes(task: TaskInfo, seen: Sequence[tuple[int, ...]], *, over: str, strict: bool = False) -> None:
@@ -102,10 +106,10 @@ def check_classes(task: TaskInfo, seen: Sequence[tuple[int, ...]], *, over: str,
     Raises:
         DataError: a single class under a loss over that class alone; or known classes where `strict` forbids them.
     """
-    if over == "local" and len(task.classes) == 1:
+    if over == "local" and len(task.classes) == 1 and not task.judged_apart:
         raise DataError(
             f"task '{task.name}' has one class, which a head trained on that task alone cannot learn; "
-            "use --set loss=seen, the method ncm, or a task of two classes or more."
+            "use --set loss=seen, --set head=ridge, the method ncm, or a task of two classes or more."
         )
     known = set(task.classes) & {c for classes in seen for c in classes}
     if strict and known:

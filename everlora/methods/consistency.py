@@ -68,6 +68,7 @@ class StepTokens:
 
     def __init__(self, current: Any, recalled: Recalled | None) -> None:
         parts = {"current": current, "memory": None if recalled is None else recalled.encoded}
+        self._rows = {name: 0 if rows is None else len(rows) for name, rows in parts.items()}
         self._attended = {name: _total(rows, supervised=False) for name, rows in parts.items()}
         self._supervised = {name: _total(rows, supervised=True) for name, rows in parts.items()}
 
@@ -75,6 +76,10 @@ class StepTokens:
         """Tokens of `current`, `memory` or `all` rows, those that carry a label or all."""
         counts = self._supervised if supervised else self._attended
         return sum(counts.values()) if rows == "all" else counts[rows]
+
+    def part_of_rows(self, rows: str, count: int) -> float:
+        """The share of so many of the `current`, `memory` or `all` rows of the step, which are padded alike."""
+        return count / max(sum(self._rows.values()) if rows == "all" else self._rows[rows], 1)
 
     def part(self, mask: Tensor, rows: str, *, supervised: bool) -> float:
         """The share that the tokens of a mask have in those of the step."""

@@ -176,6 +176,8 @@ class DualLoss:
         share, rows = batch.share, self._options.consistency_rows or "memory"
         if share == Share():
             return 1.0
+        if self._options.consistency_tokens == "all" and "segments" not in batch.inputs:
+            return self._tokens().part_of_rows(rows, len(self._mask(batch, parts))) / share.supervised
         supervised = self._options.consistency_tokens == "supervised"
         if rows == "memory" and not supervised:
             return share.memory / share.supervised

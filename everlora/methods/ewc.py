@@ -145,6 +145,7 @@ class ElasticWeightConsolidation(TunedMethod):
         self._gathering = sums
         collect(add, stage="fisher information", augment=False)
         self._gathering = {}
+        sums = {name: self.processes.sum(total) for name, total in sums.items()}
         return self._normalized({name: total / int(chosen.sum()) for name, total in sums.items()})
 
     def _normalized(self, fisher: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -177,6 +177,7 @@ class ILora(TunedMethod, ContinuesEarlierModel):
             layer.dropout = options.lora_dropout or 0.0
         self.stable = StableAdapter(layers)
         self.dual = DualLoss(options, encoder, self.heads, layers=layers, stable=self.stable)
+        self.counts_padding = options.consistency_tokens == "all"
         self.history = TaskHistory(options)
         self.average = MovingAverage(options)
         self.rehearsal: Rehearsal | None = None
@@ -258,7 +259,7 @@ class ILora(TunedMethod, ContinuesEarlierModel):
         if not self.options.use_ilora:
             return
         if stepped:
-            self.average.after_step(self.stable, self.dual.cross_entropies, self.sum_over_processes)
+            self.average.after_step(self.stable, self.dual.cross_entropies, self.processes.sum)
         self.dual.begin_step(None)
         if self.rehearsal is not None:
             self.rehearsal.after_step()

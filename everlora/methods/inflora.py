@@ -159,7 +159,7 @@ class InfLoRA(Method):
             layer.fold_block()
         self.heads.freeze()
         self._moments = {}
-        realign(self.aligner, self.heads, task, collect, seed=self.seed)
+        realign(self.aligner, self.heads, task, collect, processes=self.processes, seed=self.seed)
 
     def gathered(self) -> State | None:
         """The second moments of the running pass."""
@@ -223,9 +223,12 @@ class InfLoRA(Method):
 
     def _trace_groups(self, collect: Collect) -> dict[str, list[str]]:
         """Group the layers that read the same tensor, in one traced forward pass."""
-        return input_groups(
+        groups = input_groups(
             self.encoder.model, self._layers, lambda: collect(stage="layer inputs", max_batches=1, augment=False)
         )
+        # the one batch of the pass is the first process's
+        traced: dict[str, list[str]] = self.processes.gather({"groups": groups})[0]["groups"]
+        return traced
 
     def _set_groups(self, groups: dict[str, list[str]]) -> None:
         self._groups = groups
@@ -245,6 +248,8 @@ class InfLoRA(Method):
             self._gathering = moments
             collect(before=keep_mask, stage=stage, max_batches=self.options.stats_max_batches)
         self._gathering = {}
+        for moment in moments.values():
+            moment.sum_with(self.processes.sum)
         return moments
 
     def _design(self, group: str, names: list[str]) -> None:

@@ -20,6 +20,7 @@ from everlora.isolation import (
     TaskModules,
     factors_of,
     factors_to_rows,
+    has_batch_norm,
     set_statistics_moving,
     statistics_move,
     unread_children,
@@ -28,6 +29,7 @@ from everlora.lowrank import AdaptedLayer
 from everlora.methods.base import Batch, Collect, Encoder, Loss, Method, State, TaskInfo
 from everlora.methods.classifiers import features_by_class, heads_state, load_heads
 from everlora.methods.forgetting import Forgetting, forget_prototypes
+from everlora.methods.gathering import gather_rows
 from everlora.methods.keys import keyed_generator, task_key
 
 __all__ = ["IsolatedMethod", "IsolatedOptions"]
@@ -116,6 +118,10 @@ class IsolatedMethod(Method):
         active = self.task_modules.active
         if active is not None and statistics_move(self.common.norm):
             set_statistics_moving(self.task_modules.own(active).values())
+
+    def moves_statistics(self) -> bool:
+        """Whether a task has batch norms whose statistics are its own."""
+        return statistics_move(self.common.norm) and has_batch_norm(self.encoder.model)
 
     def loss(self, batch: Batch) -> Loss:
         """Cross-entropy over the task's own classes."""
@@ -246,7 +252,7 @@ class IsolatedMethod(Method):
     def _learn_to_recognise(self, task: TaskInfo, collect: Collect) -> None:
         if self.recogniser.by_reference:
             self.activate_reference()
-            self.recogniser.observe_features(features_by_class(task, collect))
+            self.recogniser.observe_features(features_by_class(task, collect, self.processes))
             return
         logits, labels = self._own_logits(task, collect, validation=True)
         spare = None
@@ -258,7 +264,8 @@ class IsolatedMethod(Method):
     def _own_logits(self, task: TaskInfo, collect: Collect, *, validation: bool) -> tuple[Tensor, Tensor]:
         """Own logits `(n, classes)` and columns of the right classes `(n,)`; rows of foreign classes are left out."""
         own = torch.tensor(task.classes)
-        rows, labels = [torch.empty(0, len(own))], [torch.empty(0, dtype=torch.long)]
+        rows: list[Tensor] = []
+        labels: list[Tensor] = []
 
         def keep(batch: Batch, features: Tensor) -> None:
             matches = batch.labels.cpu()[:, None] == own[None, :]
@@ -267,7 +274,9 @@ class IsolatedMethod(Method):
             labels.append(matches[known].int().argmax(dim=1))
 
         collect(keep, stage="confidence", augment=False, validation=validation)
-        return torch.cat(rows), torch.cat(labels)
+        nothing = {"rows": torch.empty(0, len(own)), "labels": torch.empty(0, dtype=torch.long)}
+        seen = {**nothing, **gather_rows(self.processes, {"rows": rows, "labels": labels})}
+        return seen["rows"], seen["labels"]
 
     def _compare(self, batch: Batch) -> Tensor:
         """Class scores where the logits of all tasks decide."""

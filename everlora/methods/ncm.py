@@ -66,6 +66,7 @@ class NearestClassMean(Method):
             self.counts[-1].index_add_(0, places, torch.ones_like(places))
 
         collect(add, stage="class means", augment=False)
+        self.sums[-1], self.counts[-1] = (self.processes.sum(total) for total in (self.sums[-1], self.counts[-1]))
         if not bool(torch.isfinite(self.sums[-1]).all()):
             raise NumericError(f"task '{task.name}' gave features that are not finite; check its rows and the model.")
 

@@ -80,7 +80,8 @@ class ProgressiveNetwork(IsolatedMethod):
             with self._sites.column({}) as entered:
                 collect(None, stage="widths of the sites", augment=False, max_batches=1)
             self._sites.clear()
-            sizes = {name: calls[0].shape[channel_dim(calls[0])] for name, calls in entered.items() if calls}
+            found = {name: calls[0].shape[channel_dim(calls[0])] for name, calls in entered.items() if calls}
+            sizes = self.processes.gather({"sizes": found})[0]["sizes"]  # the one batch is the first process's
         self._add_laterals(task.index, sizes)
 
     def loss(self, batch: Batch) -> Loss:

@@ -227,7 +227,7 @@ class SDLoRA(Method):
             self.past.finish(task.index, self.magnitudes)
         self.magnitudes = None
         self.heads.freeze()
-        realign(self.aligner, self.heads, task, collect, seed=self.seed)
+        realign(self.aligner, self.heads, task, collect, processes=self.processes, seed=self.seed)
 
     def logits(self, batch: Batch, task: int | None = None) -> Tensor:
         """Class scores from all heads, or from one task's head."""

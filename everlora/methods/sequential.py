@@ -76,4 +76,4 @@ class Sequential(TunedMethod):
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """Freeze the head, and realign all heads if asked for; the encoder stays as this task left it."""
         super().end_task(task, collect)
-        realign(self.aligner, self.heads, task, collect, seed=self.seed)
+        realign(self.aligner, self.heads, task, collect, processes=self.processes, seed=self.seed)

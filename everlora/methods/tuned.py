@@ -110,6 +110,10 @@ class TunedEncoder:
         if self.train == "all" and self.bn == "shared":
             set_statistics_moving([self.encoder.model])
 
+    def moves_statistics(self) -> bool:
+        """Whether `train_mode` sets any batch norm moving."""
+        return self.train == "all" and self.bn == "shared" and has_batch_norm(self.encoder.model)
+
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by a name that stays."""
         if self.train == "all":
@@ -185,6 +189,10 @@ class TunedMethod(Method):
     def train_mode(self) -> None:
         """Let the statistics of batch norms follow the data, where they are trained."""
         self.tuned.train_mode()
+
+    def moves_statistics(self) -> bool:
+        """Whether the statistics of batch norms are trained."""
+        return self.tuned.moves_statistics()
 
     def loss(self, batch: Batch) -> Loss:
         """Cross-entropy of the new head."""

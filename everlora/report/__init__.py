@@ -2,6 +2,7 @@
 
 from everlora.report.claims import claims_caption, format_claims
 from everlora.report.layouts import CaptionedTable, tables
+from everlora.report.learner_results import learner_results
 from everlora.report.page import render_report, write_report
 from everlora.report.table import FormattedTable, Row, Statistic, format_table, summarise
 
@@ -13,6 +14,7 @@ __all__ = [
     "claims_caption",
     "format_claims",
     "format_table",
+    "learner_results",
     "render_report",
     "summarise",
     "tables",

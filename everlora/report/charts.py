@@ -22,7 +22,7 @@ __all__ = [
 # One chart unit is about one pixel on a phone, so text sizes in the template stay legible there.
 WIDTH, HEIGHT = 460.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 12.0, 12.0, 42.0
-CHARACTER = 8.0  # width of a digit in the ticks
+CHARACTER = 9.0  # width of a digit in the ticks
 MOST_X_TICKS = 10
 
 NUM_COLOURS = 7
@@ -80,6 +80,7 @@ class Scale:
         bounds: ends that rounding outwards never passes.
         least: smallest span that is drawn.
         words: how the title goes on in words, such as "in percent".
+        reaches: a value that the axis always shows, such as 0 where heights are compared; None for none.
     """
 
     unit: float = 100.0
@@ -87,6 +88,7 @@ class Scale:
     bounds: tuple[float, float] = (0.0, 100.0)
     least: float = 1.0
     words: str = ", in percent"
+    reaches: float | None = None
 
     def text(self, value: float) -> str:
         """A value as it is shown."""
@@ -173,11 +175,12 @@ def line_chart(
     ends = [scale.unit * value for curve in series for value in _ends(curve)]
     if not ends:
         return None
+    ends += [] if scale.reaches is None else [scale.reaches]
     across = across or over_tasks(len(series[0].means))
     low, high, step = nice_range(min(ends), max(ends), scale)
     y_values = [round(low / step + k, 6) * step for k in range(round((high - low) / step) + 1)]
     texts = [f"{value + 0.0:g}" for value in y_values]
-    margin = max(LEFT, 12.0 + CHARACTER * max(map(len, texts)) + (10.0 if y_label else 0.0))
+    margin = max(LEFT, 12.0 + CHARACTER * max(map(len, texts)) + (14.0 if y_label else 0.0))
     first, last = across.values[0], across.values[-1]
 
     def place(at: float, value: float) -> tuple[float, float]:

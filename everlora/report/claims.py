@@ -55,11 +55,16 @@ _UNITS = {
 }
 
 
-def format_claims(results: Mapping[str, Any]) -> FormattedTable:
-    """Return one row for each claim of a run: id, claim, verdict, what was found, what its source's data say."""
+def format_claims(results: Mapping[str, Any], *, separator: str = "; ") -> FormattedTable:
+    """Return one row for each claim of a run: id, claim, verdict, what was found, what its source's data say.
+
+    Args:
+        results: the content of `results.json`.
+        separator: stands between several findings of one claim.
+    """
     labels = _labels(results)
     rows = [
-        [claim["id"], claim["claim"], claim["verdict"], _found(claim, labels), claim["published"]]
+        [claim["id"], claim["claim"], claim["verdict"], _found(claim, labels, separator), claim["published"]]
         for claim in results.get("claims") or []
     ]
     columns = ["Claim", "What is claimed", "Verdict", "Found here", "Known of it"]
@@ -101,10 +106,10 @@ def _length(options: Mapping[str, Any]) -> str:
     return f"{_counted(options['epochs'], 'epoch')} a task" if "epochs" in options else ""
 
 
-def _found(claim: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+def _found(claim: Mapping[str, Any], labels: Mapping[str, str], separator: str) -> str:
     parts = [_finding(finding, claim, labels) for finding in claim["findings"] if finding["n"]]
     left_out = [f"not run: {', '.join(claim['left_out'])}"] if claim.get("left_out") else []
-    return "; ".join([*parts, *left_out, *([claim["reason"]] if claim["reason"] else [])])
+    return separator.join([*parts, *left_out, *([claim["reason"]] if claim["reason"] else [])])
 
 
 def _finding(finding: Mapping[str, Any], claim: Mapping[str, Any], labels: Mapping[str, str]) -> str:

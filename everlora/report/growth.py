@@ -44,10 +44,10 @@ def growth(rows: Sequence[Row]) -> Growth | None:
 
 def _spots(rows: Sequence[Row], figure: str, styles: dict[str, int]) -> list[Spot]:
     spots = []
-    for row in rows:
+    for place, row in enumerate(rows):
         size, value = row["figures"]["relative_size"]["mean"], row["figures"][figure]
         if size is not None and value["mean"] is not None:
-            # A row without a family takes the style after those of the families.
-            style = styles.get(row["family"] or "", len(styles))
+            # A row without a family takes the style after those of the families, or its own where nothing has one.
+            style = styles.get(row["family"] or "", len(styles)) if styles else place
             spots.append(Spot(row["label"], size, value["mean"], value["sd"], style))
     return spots

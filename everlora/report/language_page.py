@@ -8,6 +8,7 @@ from typing import Any
 
 from everlora.metrics import mean_and_deviation
 from everlora.report.charts import Across, LineChart, Scale, Series, line_chart
+from everlora.report.costs import cost_figures
 from everlora.report.language import LanguageRow, LanguageRun, language_rows
 from everlora.report.language_tables import Weights, domains_of, pairs_of_weights
 from everlora.report.layouts import tables
@@ -47,6 +48,7 @@ def language_context(results: Mapping[str, Any]) -> dict[str, Any]:
         "weights": _weights(pairs_of_weights(shown), domains),
         "retention": line_chart("Own texts", "nats a token", _series(shown, own), scale=_NATS, across=_across(domains)),
         "buffers": _buffers(rows, domains),
+        "costs": cost_figures(_usual_runs(shown), len(domains), styles=_styles(shown)),
         "samples": [entry for row in rows if (entry := _samples(row, moments)) is not None],
         "sample_seed": rows[0].runs[0].seed if rows else None,
         "panels": [(row.runs[0].run["label"], found) for row in rows if (found := _panels(row))],
@@ -149,6 +151,21 @@ def _buffers(rows: Sequence[LanguageRow], domains: Sequence[str]) -> FormattedTa
         lines.append([str(row.runs[0].run["label"]), *kept, *grown])
     columns = ["Method", *(f"Rows of {name}" for name in domains), *(f"Bytes after {name}" for name in domains)]
     return FormattedTable(columns, lines) if lines else None
+
+
+def _styles(rows: Sequence[LanguageRow]) -> dict[str, int]:
+    """The colours that the curves have, by the label of a run."""
+    return {_label(row): place for place, row in enumerate(rows) if row.runs[0].is_usual}
+
+
+def _label(row: LanguageRow) -> str:
+    return str(row.runs[0].run.get("label") or row.row)
+
+
+def _usual_runs(rows: Sequence[LanguageRow]) -> dict[str, list[Mapping[str, Any]]]:
+    """Runs by label; one training makes all weights of a method."""
+    usual = [row for row in rows if row.runs[0].is_usual]
+    return {_label(row): [run.run for run in row.runs] for row in usual}
 
 
 def _samples(row: LanguageRow, moments: Sequence[str]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,23 @@ import numpy as np
 from everlora.metrics import mean_and_deviation
 from everlora.report.charts import LineChart, Scale, Series, line_chart
 from everlora.report.claims import claims_caption, format_claims
+from everlora.report.costs import cost_figures
 from everlora.report.growth import growth
 from everlora.report.language import is_language
 from everlora.report.language_page import language_context
 from everlora.report.layouts import DEFAULT_LAYOUT, tables
 from everlora.report.panels import HeatRows, panels
 from everlora.report.paths import paths
+from everlora.report.per_task import confusions, forgetting_by_task
+from everlora.report.setup_tables import commit_rows, resolved_options
 from everlora.report.table import UNDEFINED, Group, format_table, grouped_matrices, summarise
 
 __all__ = ["render_report", "write_report"]
 
 TEMPLATE, LANGUAGE_TEMPLATE = "page.html.jinja", "language.html.jinja"
 ENOUGH_SEEDS = 3
+_ENOUGH_SECTIONS = 3
+_HEADING = re.compile(r'<h2 id="([^"]+)">([^<]+)</h2>')
 _PUBLISHED = {
     "source": "Source",
     "label": "Row",
@@ -76,21 +82,33 @@ def render_report(results: Mapping[str, Any]) -> str:
     else:
         own, template = _context(results), TEMPLATE
         count = own["num_tasks"]
-    return environment.get_template(template).render(_shared(results, count) | own)
+    return with_contents(environment.get_template(template).render(_shared(results, count) | own))
+
+
+def with_contents(page: str) -> str:
+    """Put links to all sections below the header of a page that has several."""
+    headings = _HEADING.findall(page)
+    if len(headings) < _ENOUGH_SECTIONS:
+        return page
+    links = "\n".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in headings)
+    return page.replace("</header>", f'<nav aria-label="Sections"><ul>\n{links}\n</ul></nav>\n</header>', 1)
 
 
 def _shared(results: Mapping[str, Any], num_tasks: int) -> dict[str, Any]:
     """What every page has: its title, the claims, figures of others and how it was run."""
     stream, recipe = results["stream"], results.get("recipe") or {}
+    same, differing = resolved_options(results.get("runs") or [])
     return {
         "title": recipe.get("title") or recipe.get("name") or stream.get("name") or "Continual learning run",
         "facts": _facts(results, num_tasks),
-        "claims": format_claims(results) if results.get("claims") else None,
+        "claims": format_claims(results, separator="\n") if results.get("claims") else None,
         "claims_caption": claims_caption(results) if results.get("claims") else "",
         "published": _published(results.get("published") or []),
-        "notes": results.get("notes") or "",
+        "notes": _reflowed(results.get("notes") or ""),
         "recipe_text": recipe.get("text") or "",
-        "versions": _pairs(results.get("versions")),
+        "versions": [*_pairs(results.get("versions")), *commit_rows(results)],
+        "same_options": same,
+        "options": differing,
         "settings": _pairs(results.get("settings")),
         "undefined": UNDEFINED,
     }
@@ -100,7 +118,7 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
     rows, groups = summarise(results), grouped_matrices(results)
     stream = results["stream"]
     by_label = {_distinct(key, groups): group for key, group in groups.items()}
-    matrices = [(label, _mean_matrix(group)) for label, group in by_label.items()]
+    matrices = [(label, lines) for label, group in by_label.items() if (lines := _mean_matrix(group))]
     num_tasks = max((matrix.num_tasks for group in by_label.values() for _, matrix in group), default=0)
     return {
         "num_tasks": num_tasks,
@@ -115,6 +133,9 @@ def _context(results: Mapping[str, Any]) -> dict[str, Any]:
         "runs": _run_rows(by_label),
         "matrices": matrices,
         "heat_range": _heat_range(matrices),
+        "forgotten": forgetting_by_task(by_label),
+        "confusions": confusions(by_label),
+        "costs": cost_figures({label: [run for run, _ in group] for label, group in by_label.items()}, num_tasks),
         "panels": [panel for label, group in by_label.items() for panel in panels(label, [run for run, _ in group])],
         "paths": [found for label, group in by_label.items() if (found := paths(label, group)) is not None],
         "tasks": _tasks(stream),
@@ -136,6 +157,7 @@ def _facts(results: Mapping[str, Any], num_tasks: int) -> list[tuple[str, str]]:
         "Tasks": stream.get("num_tasks", num_tasks),
         "Class order seed": stream.get("order_seed"),
         "Seeds": ", ".join(str(seed) for seed in seeds),
+        "Data": results.get("data"),
         "Model": results.get("model"),
         "Device": results.get("device"),
         "Threads": results.get("threads"),
@@ -231,6 +253,12 @@ def _published(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _any_has(entries: Sequence[Mapping[str, Any]], name: str) -> bool:
     return any(entry.get(name) is not None for entry in entries)
+
+
+def _reflowed(text: str) -> str:
+    """Join the lines of each paragraph, which the page breaks by its own width; lists and indented lines stay."""
+    joined = re.sub(r"(?<=\S)\n(?=[^\s\-*|])", " ", text.strip())
+    return re.sub(r"\n{3,}", "\n\n", joined)
 
 
 def _pairs(mapping: Mapping[str, Any] | None) -> list[tuple[str, str]]:

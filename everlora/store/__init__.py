@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from everlora.store.changes import discard_checkpoints
-from everlora.store.checkpoints import StoredCheckpoint, newest_checkpoint, task_of_checkpoint, write_checkpoint
+from everlora.store.checkpoints import (
+    StoredCheckpoint,
+    checkpoint_folders,
+    newest_checkpoint,
+    read_checkpoint,
+    task_of_checkpoint,
+    write_checkpoint,
+)
 from everlora.store.directory import HEADER_KEYS_WITHOUT_EFFECT, LearnerStore
 from everlora.store.files import MAX_JSON_BYTES
 from everlora.store.forgetting import FORGOTTEN, Replacement, all_checkpoints, finish_forgetting, removed_arrays
@@ -30,9 +37,11 @@ __all__ = [
     "TaskData",
     "TaskEntry",
     "all_checkpoints",
+    "checkpoint_folders",
     "discard_checkpoints",
     "finish_forgetting",
     "newest_checkpoint",
+    "read_checkpoint",
     "removed_arrays",
     "task_of_checkpoint",
     "write_checkpoint",

@@ -36,6 +36,7 @@ from everlora.store.files import (
 __all__ = [
     "CHECKPOINT_FOLDER",
     "StoredCheckpoint",
+    "checkpoint_folders",
     "newest_checkpoint",
     "read_checkpoint",
     "task_of_checkpoint",
@@ -113,12 +114,17 @@ def write_checkpoint(
 
 def newest_checkpoint(root: Path) -> StoredCheckpoint | None:
     """Return the newest checkpoint that is whole; broken ones are passed over, and the log says so."""
-    for folder in _folders(root / CHECKPOINT_FOLDER):
+    for folder in checkpoint_folders(root):
         try:
             return read_checkpoint(root, folder)
         except StoreError as error:
             logger.warning("a checkpoint is passed over: %s", error)
     return None
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Return the folders of the checkpoints of a learner, whole or broken, newest first."""
+    return _folders(root / CHECKPOINT_FOLDER)
 
 
 def read_checkpoint(root: Path, folder: Path) -> StoredCheckpoint:
@@ -129,7 +135,7 @@ def read_checkpoint(root: Path, folder: Path) -> StoredCheckpoint:
 
 def task_of_checkpoint(root: Path) -> dict[str, Any] | None:
     """Return what the unfinished task of a learner was begun with; None where there is none that can be read."""
-    for folder in _folders(root / CHECKPOINT_FOLDER):
+    for folder in checkpoint_folders(root):
         with contextlib.suppress(StoreError):
             task: dict[str, Any] = _read_document(root, folder)["task"]
             return task

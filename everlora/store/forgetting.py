@@ -34,7 +34,10 @@ __all__ = [
     "with_replacements",
 ]
 
-FORGOTTEN, PENDING = "forgotten", "forgetting"  # names in the header: records of requests; paths still to be deleted
+FORGOTTEN = "forgotten"
+"""Name in the header: records of requests."""
+PENDING = "forgetting"
+"""Name in the header: paths still to be deleted."""
 
 _VERSION = {"format_version": layout.FORMAT_VERSION}  # a manifest is brought up to date when it is read
 _MAY_BE_DELETED = ("checkpoint", "removed", "state", "tasks")

@@ -127,7 +127,9 @@ def _read_csv(path: Path) -> Table:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except (pa.ArrowException, csv.Error, OSError) as error:
-        raise DataError(f"{path} cannot be read as a table ({_reason(error)}); check its quotes and columns") from error
+        raise DataError(
+            f"{path} cannot be read as a table ({_reason(error)}); check quotes, columns, separator"
+        ) from error
     columns = {name: _typed(table.column(name)) for name in table.column_names}
     return Table(origin=str(path), columns=columns, num_rows=table.num_rows, folder=path.parent)
 

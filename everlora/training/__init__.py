@@ -6,6 +6,7 @@ from everlora.training.interruption import answering, is_asked, signals_ask, sto
 from everlora.training.loop import Progress, TaskTrainer, TrainingReport
 from everlora.training.options import TrainingOptions
 from everlora.training.processes import Processes, device_of_process, processes
+from everlora.training.watching import Watcher
 
 __all__ = [
     "Checkpoint",
@@ -17,6 +18,7 @@ __all__ = [
     "TaskTrainer",
     "TrainingOptions",
     "TrainingReport",
+    "Watcher",
     "answering",
     "device_of_process",
     "is_asked",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from everlora.errors import InterruptedLearning, OptionError, StoreError
 from everlora.methods.base import Method, State
 from everlora.training.interruption import is_asked
+from everlora.training.processes import Processes
 
 __all__ = ["Checkpoint", "Checkpoints", "Interval", "Saver", "below", "optimizer_entries", "put_entries_back", "under"]
 
@@ -120,13 +121,14 @@ class Saver:
     Args:
         method: saves and gets back what it changed during the task.
         checkpoints: where they go; None for nowhere.
-        is_first: whether this is the process that stops when asked; others hear of it from that one.
+        group: the processes; the first of them stops when asked, and others hear of it from that one.
     """
 
-    def __init__(self, method: Method, checkpoints: Checkpoints | None, *, is_first: bool = True) -> None:
+    def __init__(self, method: Method, checkpoints: Checkpoints | None, group: Processes) -> None:
         self._method = method
         self._checkpoints: Checkpoints = checkpoints or _Nowhere()
-        self._is_first = is_first
+        self._group = group
+        self._is_first = group.is_first
         self._name = ""
         self._stage = _BEGIN
         self._passes = 0
@@ -177,21 +179,47 @@ class Saver:
         found = self._resumed
         if found is None or found.get("pass") != [self._passes, name] or found["stage"] != self._stage:
             return 0, 0
-        self._method.resume_gathering(below(found, "gathered/"))
+        if found.get("processes", 1) != self._group.size:
+            return 0, 0  # as many processes as went through the pass are needed to go on with their parts of it
+        self._method.resume_gathering(below(found, _gathered(self._group.rank)))
         return found["batches"], found["rows"]
 
     def after_batch(self, name: str, batches: int, rows: int) -> None:
         """Save, if that is due, after a batch of a pass."""
+        parts = self._parts()
 
         def state() -> State | None:
-            gathered = self._method.gathered()
+            found = parts()
             base = self._trained if self._stage == _END else {"stage": _BEGIN}
-            if gathered is None:
+            if found is None:
                 return base if self._stage == _END else None
-            place = {"pass": [self._passes, name], "batches": batches, "rows": rows}
-            return {**base, **place, **under("gathered/", gathered)}
+            place = {"pass": [self._passes, name], "batches": batches, "rows": rows, "processes": self._group.size}
+            return {**base, **place, **found}
 
         self._after_work(state)
+
+    def _parts(self) -> Callable[[], State | None]:
+        """What gives out the sums of the running pass: each process has its own, of the batches it went through."""
+        if self._group.size == 1:
+            return lambda: self._name_parts([self._method.gathered()])
+        if isinstance(self._checkpoints, _Nowhere):
+            return lambda: None
+        # only the first knows whether a checkpoint is due, and the others have to hand their parts over for it
+        due = self._is_first and (is_asked() or self._checkpoints.due(self._work + 1))
+        if not self._group.sum(torch.tensor([float(due)])):
+            return lambda: None
+        own = self._method.gathered()
+        named = None if own is None else self._name_parts(list(self._group.gather(own)))
+        return lambda: named
+
+    @staticmethod
+    def _name_parts(parts: Sequence[State | None]) -> State | None:
+        state: State = {}
+        for rank, part in enumerate(parts):
+            if part is None:
+                return None
+            state |= under(_gathered(rank), part)
+        return state
 
     def _training_state(self, progress: State) -> State:
         return {
@@ -233,6 +261,11 @@ class Saver:
 def under(prefix: str, state: Mapping[str, Any]) -> State:
     """Put a prefix before all names of a state."""
     return {prefix + key: value for key, value in state.items()}
+
+
+def _gathered(rank: int) -> str:
+    """Prefix of what a process gathered in a pass."""
+    return f"gathered-{rank}/" if rank else "gathered/"
 
 
 def below(state: Mapping[str, Any], prefix: str) -> State:

@@ -21,7 +21,7 @@ from everlora.training.data import TaskData
 from everlora.training.moments import moments, put_back
 from everlora.training.options import Length, make_optimizer, rate_factor
 from everlora.training.out_of_memory import free_memory, is_out_of_memory
-from everlora.training.pieces import own_pieces, piece_batch, split_step
+from everlora.training.pieces import own_pieces, piece_batch, require_whole_steps, split_step
 from everlora.training.validation import make_validation
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Epochs:
     def _run(self, optimizer: torch.optim.Optimizer, *, goes_on: bool) -> None:
         cached = self.trainer.features(self.data, "features") if self.trainer.features_are_fixed() else None
         self._train_mode()
-        self._refuse_split_statistics()
+        if self._moving_norms():
+            require_whole_steps(self.processes.size, self._micro_batches)
         length = Length.of(self.options, len(self.order(0)))
         if not goes_on:
             self._validate()
@@ -96,6 +97,7 @@ class Epochs:
                 row = self._epoch(epoch, optimizer, cached, length)
                 self.method.after_epoch(epoch, length.epochs)
                 self.log.append({"epoch": epoch, **row, **self._validate()})
+                self._tell({"epoch": epoch + 1, **{f"epoch {key}": value for key, value in self.log[-1].items()}})
         with torch.no_grad():
             for tensor, best in zip(self._state(), self._best, strict=False):
                 tensor.copy_(best)
@@ -145,15 +147,6 @@ class Epochs:
             set_blocks_training(self.trainer.backbone)
         self.method.train_mode()
 
-    def _refuse_split_statistics(self) -> None:
-        pieces = self.processes.size * self._micro_batches
-        if pieces > 1 and self._moving_norms():
-            raise UnsupportedError(
-                "batch norms whose statistics move must see all rows of a step at once, found "
-                f"{self.processes.size} processes with {self.options.micro_batches} micro-batches; use one of each, or "
-                "options of the method that keep the statistics."
-            )
-
     def _epoch(
         self, epoch: int, optimizer: torch.optim.Optimizer, cached: Tensor | None, length: Length
     ) -> dict[str, float]:
@@ -172,9 +165,15 @@ class Epochs:
             self._losses.append(self._step(rows, epoch, optimizer, cached))
             self.step_seconds.append(time.monotonic() - started)
             self.trainer.progress(f"train {self.task.name}", step + 1, length.steps)
+            self._tell({"loss": self._losses[-1], "lr": self.options.lr * self._factor})
             self.trainer.saver.after_step(self.progress)
         losses, self._losses = self._losses, []
         return {"loss": float(np.mean(losses)), "lr": self.options.lr * self._factor}
+
+    def _tell(self, figures: dict[str, float]) -> None:
+        """Tell who watches, from one of the processes."""
+        if self.trainer.watch is not None and self.processes.is_first:
+            self.trainer.watch.step(len(self.step_seconds), figures)
 
     def _step(self, rows: Tensor, epoch: int, optimizer: torch.optim.Optimizer, cached: Tensor | None) -> float:
         """Make one step on the given rows of the task; return its loss.

@@ -14,13 +14,15 @@ from everlora.backbones import Backbone
 from everlora.errors import OptionError, UnsupportedError
 from everlora.methods.base import Batch, Method, TaskInfo
 from everlora.streams.augment import augment
-from everlora.streams.keyed import fold_key
 from everlora.training.checkpoint import Checkpoints, Saver
 from everlora.training.data import TaskData
 from everlora.training.epochs import Epochs
 from everlora.training.options import Length, TrainingOptions, steps_per_epoch
+from everlora.training.passes import Collector
 from everlora.training.peak_memory import peak_memory_bytes, reset_peak_memory
-from everlora.training.processes import Processes, processes
+from everlora.training.pieces import require_whole_steps
+from everlora.training.processes import processes
+from everlora.training.watching import Watcher
 
 __all__ = ["Progress", "TaskTrainer", "TrainingReport"]
 
@@ -70,11 +72,12 @@ class TaskTrainer:
         self.method = method
         self.options = options
         self.device = backbone.device
-        self.progress = progress or _silent
-        self.processes = Processes()
+        self.processes = processes(self.device)
+        self.progress = progress if progress is not None and self.processes.is_first else _silent
         self.collect_seconds = 0.0
+        self.watch: Watcher | None = None
         self._checkpoints = checkpoints
-        self.saver = Saver(method, None)
+        self.saver = Saver(method, None, self.processes)
 
     def learn(self, task: TaskInfo, data: TaskData, validation: TaskData | None = None) -> TrainingReport:
         """Run all hooks of a task.
@@ -93,11 +96,8 @@ class TaskTrainer:
         """
         started, self.collect_seconds = time.monotonic(), 0.0
         self._check_options()
-        self.processes = processes(self.device)
-        self.saver = Saver(self.method, self._checkpoints, is_first=self.processes.is_first)
-        if not self.processes.is_first:
-            self.progress = _silent
-        self.method.sum_over_processes = self.processes.sum  # type: ignore[method-assign]
+        self.saver = Saver(self.method, self._checkpoints, self.processes)
+        self.method.processes = self.processes
         steps = Length.of(self.options, steps_per_epoch(self.options, len(data))).steps
         task = replace(task, num_examples=len(data), steps=steps)
         reset_peak_memory(self.device)
@@ -105,7 +105,7 @@ class TaskTrainer:
             return self._learn(task, data, validation, started)
 
     def _learn(self, task: TaskInfo, data: TaskData, validation: TaskData | None, started: float) -> TrainingReport:
-        collector = _Collector(self, task, data, validation)
+        collector = Collector(self, task, data, validation)
         self.saver.begin(task.name)
         self.method.begin_task(task, collector)
         groups = {name: params for name, params in self.method.parameters().items() if params}
@@ -129,72 +129,46 @@ class TaskTrainer:
             curve=training.curve,
         )
 
-    def batches(
-        self,
-        data: TaskData,
-        stage: str,
-        *,
-        epoch: int | None = None,
-        max_batches: int | None = None,
-        skip: int = 0,
-    ) -> Iterator[tuple[Tensor, Batch]]:
-        """Go through all rows in evaluation mode, texts of like length together.
-
-        Args:
-            data: the rows.
-            stage: name for the progress callback.
-            epoch: key of the augmentation, or None for the evaluation transform.
-            max_batches: stop early.
-            skip: leave out so many of the first batches.
-
-        Yields:
-            Row numbers `(m,)` and the batch.
-        """
-        self.backbone.eval()
+    def row_batches(self, data: TaskData, max_batches: int | None = None) -> list[Tensor]:
+        """Row numbers `(m,)` of each batch of a pass, texts of like length together."""
         lengths = self.backbone.lengths(data.encoded)
         order = torch.arange(len(data)) if lengths is None else torch.as_tensor(lengths).argsort(stable=True)
-        batches = torch.split(order, self.options.eval_batch_size)[:max_batches]
-        for done, rows in enumerate(batches[skip:], start=skip + 1):
-            yield rows, self.batch(data, rows, epoch=epoch)
-            self.progress(stage, done, len(batches))
+        return list(torch.split(order, self.options.eval_batch_size)[:max_batches])
 
-    def encode(
-        self,
-        data: TaskData,
-        stage: str,
-        *,
-        before: Callable[[Batch], None] | None = None,
-        epoch: int | None = None,
-        max_batches: int | None = None,
-        skip: int = 0,
-    ) -> Iterator[tuple[Tensor, Batch]]:
-        """Run the encoder without gradients over all rows.
+    def batches(self, data: TaskData, stage: str) -> Iterator[tuple[Tensor, Batch]]:
+        """Go through all rows in evaluation mode; of several processes each goes through some of the batches.
 
         Args:
             data: the rows.
             stage: name for the progress callback.
-            before: called with each batch before the encoder runs.
-            epoch: key of the augmentation, or None for the evaluation transform.
-            max_batches: stop early.
-            skip: leave out so many of the first batches.
 
         Yields:
-            Row numbers `(m,)` and the batch with its features.
+            Row numbers `(m,)` and the batch, not augmented.
         """
-        for rows, batch in self.batches(data, stage, epoch=epoch, max_batches=max_batches, skip=skip):
-            if before is not None:
-                before(batch)
-            with torch.no_grad(), self.autocast():
-                features = self.backbone.features(batch.inputs)
-            yield rows, replace(batch, features=features)
+        self.backbone.eval()
+        own = self.processes.own(self.row_batches(data))
+        for done, rows in enumerate(own, start=1):
+            yield rows, self.batch(data, rows, epoch=None)
+            self.progress(stage, done, len(own))
+
+    def encode(self, data: TaskData, stage: str) -> Iterator[tuple[Tensor, Batch]]:
+        """Run the encoder without gradients over what `batches` goes through; the batches have their features."""
+        for rows, batch in self.batches(data, stage):
+            yield rows, self.encoded(batch)
+
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with its features, computed without gradients."""
+        with torch.no_grad(), self.autocast():
+            return replace(batch, features=self.backbone.features(batch.inputs))
 
     def features(self, data: TaskData, stage: str) -> Tensor:
-        """Features `(n, d)` of all rows, in the order of the rows, without augmentation."""
-        result = torch.empty(len(data), self.backbone.feature_dim, device=self.device)
-        for rows, batch in self.encode(data, stage):
-            if batch.features is not None:
-                result[rows.to(self.device)] = batch.features
-        return result
+        """Features `(n, d)` of all rows, in their order and without augmentation; in each process all of them."""
+        result = torch.zeros(len(data), self.backbone.feature_dim, device=self.device)
+        with self.processes.together():
+            for rows, batch in self.encode(data, stage):
+                if batch.features is not None:
+                    result[rows.to(self.device)] = batch.features
+        return self.processes.sum(result)  # the rows of other processes are zeros in each
 
     def batch(
         self, data: TaskData, rows: Tensor, *, epoch: int | None, cached: Tensor | None = None, pack: bool = False
@@ -244,6 +218,8 @@ class TaskTrainer:
         return self.method.fixed_features and self._augment_name() == "none" and self.backbone.modality != "language"
 
     def _check_options(self) -> None:
+        if self.method.moves_statistics():
+            require_whole_steps(self.processes.size, self.options.micro_batches)
         if self.options.packing and self.backbone.modality != "language":
             raise OptionError(f"packing is for language models, found {self.backbone.architecture}; leave it out.")
         if self.options.keep_best and self.method.variants:
@@ -251,47 +227,6 @@ class TaskTrainer:
                 f"keep_best would bring back the trained weights alone, and {type(self.method).__name__} predicts with "
                 "others that go with them; leave it out."
             )
-
-
-class _Collector:
-    """A method's passes over the current task's training rows (see `Collect`)."""
-
-    def __init__(self, trainer: TaskTrainer, task: TaskInfo, data: TaskData, validation: TaskData | None) -> None:
-        self.trainer = trainer
-        self.task = task
-        self.data = data
-        self.validation = validation
-
-    def rows(self, numbers: Tensor | None = None) -> tuple[Any, Tensor]:
-        chosen = torch.arange(len(self.data)) if numbers is None else numbers.cpu()
-        return self.data.encoded.select(chosen), self.data.labels[chosen]
-
-    def __call__(
-        self,
-        visit: Callable[[Batch, Tensor], None] | None = None,
-        *,
-        stage: str,
-        before: Callable[[Batch], None] | None = None,
-        augment: bool = True,
-        max_batches: int | None = None,
-        validation: bool = False,
-    ) -> int:
-        started = time.monotonic()
-        data = self.validation if validation else self.data
-        if data is None:
-            return 0
-        # the epoch of a pass lies below 0 and is its own, so its draws differ from those of training
-        epoch = -1 - fold_key(stage) % 1_000_003 if augment and not validation else None
-        saver = self.trainer.saver
-        done, seen = saver.enter_pass(stage)
-        batches = self.trainer.encode(data, stage, before=before, epoch=epoch, max_batches=max_batches, skip=done)
-        for rows, batch in batches:
-            if visit is not None and batch.features is not None:
-                visit(batch, batch.features)
-            done, seen = done + 1, seen + len(rows)
-            saver.after_batch(stage, done, seen)
-        self.trainer.collect_seconds += time.monotonic() - started
-        return seen
 
 
 def _silent(stage: str, done: int, total: int) -> None:

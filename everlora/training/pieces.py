@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from everlora.backbones import Backbone
-from everlora.backbones.batches import IGNORED
+from everlora.backbones.batches import IGNORED, width_of
+from everlora.errors import UnsupportedError
 from everlora.methods.base import Batch, Recalled, Share
 from everlora.training.data import TaskData
 
 if TYPE_CHECKING:
     from everlora.training.loop import TaskTrainer
 
-__all__ = ["Piece", "own_pieces", "piece_batch", "split_step"]
+__all__ = ["Piece", "own_pieces", "piece_batch", "require_whole_steps", "split_step"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Piece:
         rows: `(n,)` row numbers of the task, at least one.
         memory: `(m,)` row numbers among those that were recalled for the step, possibly none.
         share: see `Share`.
+        widths: tokens of the longest row of the step and of its memory, for a language model.
     """
 
     number: int
     rows: Tensor
     memory: Tensor
     share: Share
+    widths: tuple[int, int] = (0, 0)
 
 
 def split_step(backbone: Backbone, encoded: Any, rows: Tensor, recalled: Recalled | None, count: int) -> list[Piece]:
@@ -57,13 +61,30 @@ def split_step(backbone: Backbone, encoded: Any, rows: Tensor, recalled: Recalle
     memory = _sums(attended, count)
     shares = zip((supervised / supervised.sum()).tolist(), (memory / memory.sum().clamp(min=1)).tolist(), strict=True)
     parts = zip(rows.tensor_split(count), kept.tensor_split(count), shares, strict=True)
-    return [Piece(number, now, before, Share(*share)) for number, (now, before, share) in enumerate(parts)]
+    widths = (0, 0)
+    if backbone.modality == "language":
+        widths = (_longest(encoded, rows), 0 if recalled is None else _longest(recalled.encoded, kept))
+    return [Piece(number, now, before, Share(*share), widths) for number, (now, before, share) in enumerate(parts)]
 
 
 def own_pieces(pieces: list[Piece], rank: int, size: int) -> list[Piece]:
     """The pieces that one of several processes computes: neighbours, and none where there are too few."""
     mine = np.array_split(np.arange(len(pieces)), size)[rank]
     return [pieces[int(number)] for number in mine]
+
+
+def require_whole_steps(processes: int, micro_batches: int) -> None:
+    """Refuse to split the steps of a network whose batch norms follow the rows.
+
+    Raises:
+        UnsupportedError: there are several processes or micro-batches.
+    """
+    if processes * micro_batches > 1:
+        raise UnsupportedError(
+            "batch norms whose statistics move must see all rows of a step at once, found "
+            f"{processes} processes with {micro_batches} micro-batches; use one of each, or options of the method that "
+            "keep the statistics."
+        )
 
 
 def piece_batch(
@@ -88,13 +109,34 @@ def piece_batch(
         draws: key of the augmentation of the earlier rows.
     """
     batch = trainer.batch(data, piece.rows, epoch=epoch, cached=cached, pack=trainer.options.packing)
+    alike = trainer.method.counts_padding
+    if alike and not trainer.options.packing:
+        batch = _widened(trainer, batch, piece.widths[0])
     if recalled is None or not len(piece.memory):
         return replace(batch, share=piece.share)
     inputs = trainer.inputs(recalled.encoded, piece.memory, draws)
     device = batch.labels.device
     labels = inputs.pop("labels", recalled.labels[piece.memory]).to(device)
     memory = Batch(inputs, labels, tasks=recalled.tasks[piece.memory].to(device))
+    if alike:
+        memory = _widened(trainer, memory, piece.widths[1])
     return replace(batch, memory=memory, share=piece.share)
+
+
+def _longest(encoded: Any, rows: Tensor) -> int:
+    return int(torch.as_tensor(encoded.lengths)[rows].max()) if len(rows) else 0
+
+
+def _widened(trainer: TaskTrainer, batch: Batch, longest: int) -> Batch:
+    """Pad rows of tokens as the whole step would be padded."""
+    inputs: Any = trainer.backbone.inputs
+    missing = width_of(longest, inputs.max_length, trainer.device) - batch.labels.shape[1]
+    if missing <= 0:
+        return batch
+    wide = {
+        k: functional.pad(v, (0, missing), value=inputs.pad if k == "input_ids" else 0) for k, v in batch.inputs.items()
+    }
+    return replace(batch, inputs=wide, labels=functional.pad(batch.labels, (0, missing), value=IGNORED))
 
 
 def _units(backbone: Backbone, encoded: Any, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Several processes that train one learner together, as `torchrun` starts them.
 
-Every process holds all data and all that a method remembers, and does everything but two things: of an optimiser step
-each computes a part, and only the first writes to the disk. Passes over data run in full in each, so that whatever is
-gathered from them is equal without a word between the processes.
+Every process holds all data and all that a method remembers, and does everything but three things: of an optimiser
+step each computes a part, of a pass over data each goes through some of the batches, and only the first writes to the
+disk. What was summed up or gathered in a pass is then added up over all, so that all go on with the same numbers.
 
 Before any tensor is exchanged the processes tell each other whether one of them has failed. Whoever fails, wherever it
 is, thus meets the others at their next exchange, and none waits for one that will not come.
@@ -11,11 +11,14 @@ is, thus meets the others at their next exchange, and none waits for one that wi
 from __future__ import annotations
 
 import functools
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, distributed, nn
 
 from everlora.errors import ProcessError, UnsupportedError
@@ -77,6 +80,32 @@ class Processes:
         self.check()
         return self._reduce(values.detach().to(self._device, copy=True)).to(values.device)
 
+    def gather(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return what all processes gathered, in their order; each must call this equally often.
+
+        Args:
+            state: name to tensor, which comes back on the CPU where there are several processes, or to a plain JSON
+                value; names and shapes may differ between the processes.
+        """
+        if self.size == 1:
+            return [dict(state)]
+        own = _packed(state).to(self._device)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        counts = self.sum(sizes).tolist()
+        parts = [torch.zeros(max(counts), dtype=torch.uint8, device=self._device) for _ in counts]
+        padded = nn.functional.pad(own, (0, max(counts) - len(own)))
+        with self._connected():
+            distributed.all_gather(parts, padded)
+        return [_unpacked(part[:count].cpu()) for part, count in zip(parts, counts, strict=True)]
+
+    def own(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Those batches of a pass that this process goes through, every so-manieth.
+
+        A batch stays whole, so that what is computed of it does not depend on how many processes there are.
+        """
+        return list(batches[self.rank :: self.size])
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
         """Put the sum over all processes in place of every gradient, in one exchange.
 
@@ -125,15 +154,21 @@ class Processes:
         return False
 
     def _reduce(self, values: Tensor, error: Exception | None = None) -> Tensor:
-        try:
+        with self._connected(error):
             distributed.all_reduce(values)
+        return values
+
+    @contextmanager
+    def _connected(self, error: Exception | None = None) -> Iterator[None]:
+        """Say in one sentence that another process is gone, or raise the error that was to be told."""
+        try:
+            yield
         except RuntimeError as broken:
             self._known = error or ProcessError(
                 f"process {self.rank} of {self.size} lost the connection to another, which must have ended; see what "
                 "that one printed last"
             )
             raise self._known from broken
-        return values
 
     def _tell(self, first: int, error: Exception | None) -> str:
         """Send the reason of the first process that failed to all."""
@@ -180,6 +215,21 @@ def _set_up(kind: str) -> Processes:
 
     state = PartialState(cpu=kind != "cuda")
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def _packed(state: Mapping[str, Any]) -> Tensor:
+    """A state as bytes, `(n,)` uint8."""
+    tensors = {f"tensors/{k}": v.detach().cpu().contiguous().clone() for k, v in state.items() if isinstance(v, Tensor)}
+    text = json.dumps({key: value for key, value in state.items() if not isinstance(value, Tensor)}).encode()
+    data = save({**tensors, "values": torch.tensor(list(text), dtype=torch.uint8)})
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor) -> dict[str, Any]:
+    """What `_packed` was given."""
+    tensors = load(data.numpy().tobytes())
+    values = json.loads(tensors.pop("values").numpy().tobytes())
+    return {**{key.removeprefix("tensors/"): value for key, value in tensors.items()}, **values}
 
 
 def _environment(name: str, default: int) -> int:

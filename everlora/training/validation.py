@@ -39,12 +39,13 @@ class Validation:
         self.data = data
 
     def measure(self) -> float:
-        """Measure with the weights that predict, as they are now."""
+        """Measure with the weights that predict, as they are now; of several processes each measures some batches."""
         total, weight = 0.0, 0.0
         with self.trainer.method.predicting(), torch.no_grad():
             for value, count in self._figures():
                 total, weight = total + value, weight + count
-        return total / weight
+        sums = self.trainer.processes.sum(torch.tensor([total, weight], dtype=torch.float64))
+        return float(sums[0] / sums[1])
 
     def _figures(self) -> Iterator[tuple[float, int]]:
         """Yield, for each batch, the sum of the figure and over how many."""

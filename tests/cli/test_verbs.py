@@ -189,7 +189,7 @@ def test_methods(call: Any, call_json: Any) -> None:
     _, out, _ = call("methods", "InfLoRA-opt")
     assert "forward_mode" in out and "epochs" in out and "keep_validation" in out
     report = call_json("methods", "inflora")
-    assert set(report["options"]) == {"method", "training", "model", "learner"}
+    assert set(report["options"]) == {"method", "training", "model", "learner", "head"}
     code, _, err = call("methods", "infora")
     assert code == 2 and "did you mean 'inflora'" in err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder of images."""
     return tiny_model("vit", tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of random moments: another one at each run; the variable repeats one."""
+    return int(os.environ.get("EVERLORA_KILL_SEED", time.time_ns() % 10**6))
 
 
 @pytest.fixture(scope="module")

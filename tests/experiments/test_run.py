@@ -53,6 +53,9 @@ def test_a_run_from_end_to_end(start, tmp_path, tiny):
         assert one["sizes"] == [10, 10, 10]
         assert all(0 <= cell <= 10 for cell in one["correct"][-1])
         assert all(aware >= right for aware, right in zip(one["task_aware"][-1], one["correct"][-1], strict=True))
+        assert [sum(row) for row in one["task_confusion"]] == one["sizes"]
+        assert [row[j] for j, row in enumerate(one["task_confusion"])] == one["task_correct"][-1]
+        assert one["resolved"]["training"]["lr"] == 1e-2 and one["resolved"]["training"]["seed"] == 3
         assert [cost["task"] for cost in one["cost"]] == ([2] if last else [0, 1, 2])
         assert all(cost["seconds"] > 0 and cost["trainable_parameters"] > 0 for cost in one["cost"])
     curves = results["runs"][0]["panels"]["occupied_rank"]

@@ -15,7 +15,7 @@ from everlora.methods import method_spec
 from everlora.methods.base import Batch, Recalled, TaskInfo
 from everlora.streams import Examples
 from everlora.training import TaskData, TaskTrainer, TrainingOptions
-from everlora.training.loop import _Collector
+from everlora.training.passes import Collector
 
 WORDS = (
     "once upon a time there was a little girl who had a red ball and a big dog",
@@ -60,7 +60,7 @@ class LanguageBench:
         self.backbone.train(True)
 
     def collect(self, index: int) -> Any:
-        return _Collector(self.trainer, self.infos[index], self.data[index], None)
+        return Collector(self.trainer, self.infos[index], self.data[index], None)
 
     def batch(self, index: int, rows: list[int], *, pack: bool = False) -> Batch:
         return self.trainer.batch(self.data[index], torch.tensor(rows), epoch=0, pack=pack)

@@ -200,7 +200,7 @@ def test_the_gate_measures_the_gain_over_the_whole_step(stories: Path, pieces: i
     bench = LanguageBench(stories, "i_lora", 2, training={"epochs": 1, "micro_batches": pieces}, selective_update=True)
     bench.learn(0)
     sums: list[list[float]] = []
-    after, add = bench.method.average.after_step, bench.method.sum_over_processes
+    after, add = bench.method.average.after_step, bench.method.processes.sum
     assert add(torch.ones(1)) == 1
     bench.method.average.after_step = lambda stable, losses, total: (
         sums.append(losses.tolist()),

@@ -16,7 +16,7 @@ from everlora.isolation import RULES, Recogniser
 from everlora.methods.base import Batch, TaskInfo
 from everlora.streams import concatenate
 from everlora.training import TaskData
-from everlora.training.loop import _Collector
+from everlora.training.passes import Collector
 from tests.methods.isolation_builders import KINDS, NUMBERS, Bench, examples, save_kind
 from tests.toy import toy_images
 
@@ -226,7 +226,7 @@ def test_answers_without_a_task_obey_the_identities(name: str, folders: dict[str
             data = bench.data(index)
             info = TaskInfo(index, "again", (2 * index, 2 * index + 1), len(data))
             bench.method.activate(index)
-            bench.method._learn_to_recognise(info, _Collector(bench.trainer, info, data, data))
+            bench.method._learn_to_recognise(info, Collector(bench.trainer, info, data, data))
         found = torch.cat([scores(bench, t, None) for t in range(3)])
         answers = found.argmax(1)
         right, recognised = answers == labels, answers // 2 == owner

@@ -13,7 +13,7 @@ from everlora.errors import OptionError, UnsupportedError
 from everlora.isolation.columns import Lateral, block_sites
 from everlora.methods import method_spec
 from everlora.methods.base import TaskInfo
-from everlora.training.loop import _Collector
+from everlora.training.passes import Collector
 from tests.methods.isolation_builders import KINDS, Bench, begin_and_end, deep_resnet, examples, save_kind
 from tests.toy import tiny_model
 
@@ -90,7 +90,7 @@ def test_a_new_column_starts_as_the_pretrained_network(kind: str, folders: dict[
     bench.learn(0)
     method, data = bench.method, bench.data(1)
     info = TaskInfo(1, "task 1", (2, 3), len(data))
-    method.begin_task(info, _Collector(bench.trainer, info, data, None))
+    method.begin_task(info, Collector(bench.trainer, info, data, None))
     scores = bench.logits(1, 1)
     method.activate(None)
     with torch.no_grad():

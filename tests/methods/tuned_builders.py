@@ -17,7 +17,7 @@ from everlora.methods import method_spec
 from everlora.methods.base import Batch, Method, TaskInfo
 from everlora.streams import concatenate
 from everlora.training import TaskData, TaskTrainer, TrainingOptions
-from everlora.training.loop import _Collector
+from everlora.training.passes import Collector
 from tests.methods.conv_builders import save_resnet
 from tests.toy import FAST, tiny_model, toy_learner, toy_tasks
 
@@ -88,7 +88,7 @@ class Bench:
 
 def collect_of(bench: Bench, index: int) -> Any:
     """The passes over the rows of a task that a method is given."""
-    return _Collector(bench.trainer, bench.infos[index], bench.data[index], None)
+    return Collector(bench.trainer, bench.infos[index], bench.data[index], None)
 
 
 class LinearEncoder:

@@ -114,7 +114,8 @@ def test_nothing_is_loaded_and_nothing_runs(results: dict[str, Any]) -> None:
     page = Page(text)
     assert not {"script", "link", "img", "iframe", "object", "embed", "image", "use"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
-        assert not {"src", "href", "srcset", "action", "data", "xlink:href"} & attributes.keys()
+        assert not {"src", "srcset", "action", "data", "xlink:href"} & attributes.keys()
+        assert (attributes.get("href") or "#").startswith("#"), "links stay on the page"
         assert not any(name.startswith("on") for name in attributes)
     style = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     assert len(style) == 1
@@ -140,7 +141,7 @@ def test_text_of_the_results_cannot_become_markup(results: dict[str, Any]) -> No
 def test_charts_have_words_for_those_who_do_not_see_them(results: dict[str, Any]) -> None:
     page = Page(render_report(results))
     figures = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("role") == "img"]
-    assert len(figures) == 3
+    assert len(figures) == 6
     for attributes in figures:
         assert all(name in page.ids for name in (attributes["aria-labelledby"] or "").split())
     assert len(page.ids) == len(set(page.ids))
@@ -159,7 +160,8 @@ def test_other_shapes_of_run(
     coordinates = [attributes.get("d") or "" for tag, attributes in page.tags if tag == "path"]
     assert not any("nan" in path or "inf" in path for path in coordinates)
     drawn = sum(tag == "svg" and attributes.get("role") == "img" for tag, attributes in page.tags)
-    assert drawn == (1 if num_tasks == 1 else 3)  # one task cannot be forgotten, and makes no curve of a panel
+    # One task cannot be forgotten, and makes no curve of a panel; three are of costs.
+    assert drawn == (4 if num_tasks == 1 else 6)
     assert ("tendency" in page.text) == (len(seeds) < 3)
 
 
@@ -191,7 +193,7 @@ def test_two_methods_with_one_label_are_told_apart(results: dict[str, Any]) -> N
 
 def test_unmeasured_runs_make_a_page_without_charts(results: dict[str, Any]) -> None:
     for run in results["runs"]:
-        run |= {"correct": [[None] * 3] * 3, "task_aware": None, "task_correct": None, "panels": {}}
+        run |= {"correct": [[None] * 3] * 3, "task_aware": None, "task_correct": None, "panels": {}, "cost": []}
     page = Page(render_report(results))
     assert not [tag for tag, attributes in page.tags if tag == "svg" and attributes.get("role") == "img"]
 
@@ -218,3 +220,16 @@ def test_curves_that_stay_at_one_hundred_percent_are_drawn(make_results: Callabl
                 row[task] = None if cell is None else run["sizes"][task]
         run["task_aware"] = run["task_correct"] = run["correct"]
     assert "100" in render_report(results)
+
+
+def test_notes_are_broken_by_the_page_and_keep_their_lists(results: dict[str, Any]) -> None:
+    results["notes"] = "One sentence\ngoes on.\n\nNext:\n- first\n- second\n  indented\n"
+    assert "One sentence goes on.\n\nNext:\n- first\n- second\n  indented" in Page(render_report(results)).text
+
+
+def test_what_was_not_measured_has_no_empty_matrix(results: dict[str, Any]) -> None:
+    for run in results["runs"]:
+        if run["method"] == "steady":
+            run |= {"correct": [[None] * 3] * 3, "task_aware": None, "task_correct": None}
+    tables = Page(render_report(results)).tables
+    assert "Steady" not in tables and "Falling" in tables

@@ -72,7 +72,7 @@ def test_too_many_curves_are_a_table_only(one: dict[str, Any]) -> None:
         page = Page(render_report(one))
         charts.append(sum(tag == "svg" and attributes.get("role") == "img" for tag, attributes in page.tags))
         assert len(page.tables["X: Falling"]) == count + 1
-    assert charts == [3, 2]
+    assert charts == [6, 5]
 
 
 def test_curves_that_all_agree_are_one(one: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from everlora.errors import EverloraError
 from everlora.snapshot import join_state
 from everlora.store import LearnerStore
 from everlora.training import Processes, device_of_process, processes
+from everlora.training.processes import _packed, _unpacked
 from tests.toy import tiny_model
 from tests.training.builders import save_language_model
 from tests.training.worker import LANGUAGE_LEARNERS, LEARNERS, learn_all, train_double
@@ -52,6 +53,10 @@ def test_one_process_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (alone.rank, alone.size, alone.is_first) == (0, 1, True)
     values = torch.ones(2)
     assert alone.sum(values) is values and alone.sum_gradients([], 1.5) == 1.5
+    assert alone.gather({"a": values, "b": 3}) == [{"a": values, "b": 3}]
+    batches = [torch.tensor([number]) for number in range(5)]
+    assert alone.own(batches) == batches
+    assert [len(Processes(rank, 2).own(batches)) for rank in range(2)] == [3, 2]
     with pytest.raises(EverloraError, match="wet"), alone.together():
         raise EverloraError("wet")
     assert device_of_process("cuda") == "cuda" and device_of_process("cpu") == "cpu"
@@ -83,6 +88,57 @@ def test_one_process_does_not_import_accelerate() -> None:
     )
     environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120, cwd=REPOSITORY).returncode == 0
+
+
+def test_a_state_survives_the_way_to_another_process() -> None:
+    state = {
+        "a/b": torch.eye(3)[1],
+        "empty": torch.empty(0, 2),
+        "half": torch.ones(2).bfloat16(),
+        "n": [1, {"x": None}],
+    }
+    back = _unpacked(_packed(state))
+    assert back.keys() == state.keys() and back["n"] == state["n"]
+    for name in ("a/b", "empty", "half"):
+        assert back[name].dtype == state[name].dtype and torch.equal(back[name], state[name])
+
+
+@pytest.mark.slow
+def test_each_process_goes_through_some_batches_and_none_counts_twice(tmp_path: Path) -> None:
+    _, results = _run("pass", tmp_path)
+    one, two = (result["result"] for result in results)
+    assert (len(one["visited"]), len(two["visited"])) == (12, 9)
+    assert sorted(one["visited"] + two["visited"]) == list(range(21)) and one["seen"] == two["seen"] == 21
+    assert one["first"] == [0, 1, 2, 3] and two["first"] == []
+    parts = [{"rows": part["visited"], "size": len(part["visited"]), "own": bool(part["first"])} for part in (one, two)]
+    assert one["parts"] == two["parts"] == parts
+
+
+@pytest.mark.slow
+def test_the_program_in_two_processes_writes_and_prints_once(tmp_path: Path) -> None:
+    rows = [
+        f"{words},{label}" for words, label in (("lost parcel red", "a"), ("my card is blue", "b")) for _ in range(6)
+    ]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(rows))
+    (tmp_path / "rows-0.csv").write_text("text,label\n" + "\n".join(rows))
+    (tmp_path / "rows-1.csv").write_text("text,label\n" + "\n".join(f"{row}2" for row in rows))
+    done, results = _run("commands", tmp_path, tiny_model("bert", tmp_path / "bert"))
+    assert done.returncode == 0, done.stderr
+    one, two = (result["result"] for result in results)
+    assert [entry["code"] for entry in one] == [0, 0, 0, 0, 0, 0, 0, 2, 0, 2, 0], one
+    assert [entry["code"] for entry in two] == [0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0], two
+    assert [entry["out"] for entry in two] == [""] * 11, "the first process alone prints"
+    assert [entry["tasks"] for entry in one] == [entry["tasks"] for entry in two] == [0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 1]
+    status, report, forgotten = (json.loads(one[place]["out"]) for place in (3, 4, 8))
+    assert status["num_tasks"] == 2 and report["accuracy"] == status["accuracy_now"]
+    assert forgotten["left"]["validation_rows"] == 2
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 13
+    assert json.loads(one[6]["out"])["max_difference"] < 1e-4 and (tmp_path / "export" / "model.safetensors").exists()
+    for place in (7, 9):
+        assert "process 0 of 2 failed" in two[place]["err"] and one[place]["err"].startswith("error: ")
+        assert len(one[place]["err"].splitlines()) == len(two[place]["err"].splitlines()) == 1
+    LearnerStore.open(tmp_path / "learner").verify()
+    assert not list(tmp_path.glob("learner/.*tmp*"))
 
 
 @pytest.mark.slow

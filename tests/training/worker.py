@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from torch import Tensor, distributed, nn
 from everlora import Learner
 from everlora.backbones import Backbone
 from everlora.backbones.images import ImageInputs, ImageTransform
+from everlora.cli.application import main as main_program
 from everlora.errors import EverloraError
 from everlora.methods import method_spec
 from everlora.methods.base import Batch, Loss, Recalled, TaskInfo
 from everlora.store import LearnerStore
-from everlora.training import TaskData, TaskTrainer, TrainingOptions, processes
+from everlora.training import Processes, TaskData, TaskTrainer, TrainingOptions, processes
+from everlora.training.passes import Collector
 from tests.toy import toy_images, toy_learner, toy_tasks
 from tests.training.builders import language_rows
 
@@ -135,6 +139,56 @@ def fail_everywhere(folder: Path, model: Path) -> list[str]:
     return seen
 
 
+def pass_over(group: Processes) -> dict[str, Any]:
+    """A pass over 21 rows in batches of four; returns the rows this process visited, and what was put together."""
+    backbone = DoubleBackbone()
+    spec = method_spec("sequential")
+    method: Any = spec.method_class(spec.options({"train": "all"}), backbone, seed=1)
+    trainer = TaskTrainer(backbone, method, TrainingOptions(eval_batch_size=4, augment="none"))
+    data = TaskData.of(backbone, toy_images("abc", 7), {"a": 0, "b": 1, "c": 2})
+    visited: list[int] = []
+    collect = Collector(trainer, TaskInfo(0, "first", (0, 1, 2), 21), data, None)
+    seen = collect(lambda batch, features: visited.extend(batch.rows.tolist()), stage="look", augment=False)
+    first: list[int] = []
+    collect(lambda batch, features: first.extend(batch.rows.tolist()), stage="first", augment=False, max_batches=1)
+    parts = group.gather(
+        {"rows": torch.tensor(visited), "size": len(visited), **({"own": torch.ones(1)} if first else {})}
+    )
+    return {
+        "visited": visited,
+        "seen": seen,
+        "first": first,
+        "parts": [{"rows": part["rows"].tolist(), "size": part["size"], "own": "own" in part} for part in parts],
+    }
+
+
+def command_lines(folder: Path, model: Path) -> list[dict[str, Any]]:
+    """The program's verbs in a learner's life; returns the exit code, the output and the tasks after each."""
+    learner, rows = folder / "learner", folder / "rows.csv"
+    verbs = [
+        ["init", learner, "--model", model, "--method", "ncm", "--keep-validation", "2", "--keep-states", "all"],
+        *(["learn", learner, folder / f"rows-{number}.csv", "--json"] for number in range(2)),
+        ["status", learner, "--json"],
+        ["eval", learner, "--json"],
+        ["predict", learner, "--input", rows, "--output", folder / "answers.csv"],
+        ["export", learner, folder / "export", "--json"],
+        ["export", learner, folder / "export"],
+        ["forget", learner, "--label", "b", "--json"],
+        ["rollback", learner, "--to-task", "5"],
+        ["rollback", learner, "--to-task", "1", "--json"],
+    ]
+    done = []
+    for words in verbs:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main_program([str(word) for word in words])
+        processes("cpu").check()  # none goes on before the other is done
+        tasks = len(LearnerStore.open(learner).tasks)
+        done.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "tasks": tasks})
+        processes("cpu").check()
+    return done
+
+
 def _after(calls: int, hook: Any) -> Any:
     left = [calls]
 
@@ -161,6 +215,10 @@ def main(what: str, folder: Path, model: Path) -> None:
         assert total.tolist() == [2.0, 1.0]
     elif what == "learner":
         result = learn_all(folder, model)
+    elif what == "pass":
+        result = pass_over(group)
+    elif what == "commands":
+        result = command_lines(folder, model)
     elif what == "fail":
         result = fail_everywhere(folder, model)
     (folder / f"result-{group.rank}.json").write_text(json.dumps({"size": group.size, "result": result}))

@@ -1,0 +1,56 @@
+"""`everlora report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from everlora.cli import output
+from everlora.cli.parameters import AsJson, Debug
+
+__all__ = ["report"]
+
+RESULTS, PLAN, LEARNER, PAGE = "results.json", "plan.json", "learner.json", "report.html"
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of a learner.")],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where the page goes; report.html in a run's folder.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write the HTML report of a run from its results, or a page on a learner; the page loads nothing."""
+    results = _read(folder)
+    kind = "run" if (folder / RESULTS).is_file() else "learner"
+    # A learner's folder holds what the learner wrote, and nothing else.
+    page = out or (folder / PAGE if kind == "run" else Path(f"{folder.resolve().name}-{PAGE}"))
+    if page.is_dir():
+        raise typer.BadParameter(f"expected a file to write, found the folder {page}", param_hint="--out")
+    from everlora.report import write_report
+
+    write_report(results, page)
+    if as_json:
+        output.emit_json({"report": str(page), "kind": kind, "bytes": page.stat().st_size})
+        return
+    output.line(f"Wrote {page}")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    from everlora.errors import DataError
+    from everlora.store.files import MAX_JSON_BYTES, load_json, read_bytes
+
+    file = folder / RESULTS
+    if file.is_file():
+        return load_json(read_bytes(file, limit=MAX_JSON_BYTES), file)
+    if (folder / LEARNER).is_file():
+        from everlora.report import learner_results
+
+        return learner_results(folder)
+    if (folder / PLAN).is_file():
+        raise DataError(f"{folder} holds a run that is not finished; give the same 'everlora run' again to finish it.")
+    raise DataError(f"{folder} holds neither {RESULTS} nor a learner; give the folder of a run, or of a learner.")

@@ -1,0 +1,80 @@
+"""How features moved while a task was learned, seen on that task's own rows: a linear map from old to new features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from everlora.errors import ShapeError
+
+__all__ = ["Drift", "DriftSums"]
+
+_PENALTIES = tuple(10.0**power for power in range(-6, 3))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How features moved.
+
+    Attributes:
+        matrix: `(dim, dim)` float64; `matrix f` is the estimate of where the feature f moved to.
+        relative: root of the mean squared movement over that of the old features.
+        explained: share of the squared movement that the map explains on rows it was not fitted to, at most 1; with
+            nothing to explain 0.
+    """
+
+    matrix: Tensor
+    relative: float
+    explained: float
+
+
+class DriftSums:
+    """Sums over rows seen before and after: merged over processes by adding them up.
+
+    Args:
+        dim: length of a feature vector.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.sums = torch.zeros(2, 2, dim, dim, dtype=torch.float64)  # fitted or held out; old with old, move with old
+        self.squares = torch.zeros(2, dtype=torch.float64)  # of the movement
+        self.sizes = torch.zeros(2, dtype=torch.float64)  # of the old features
+
+    def update(self, old: Tensor, new: Tensor, held: Tensor) -> None:
+        """Add rows: `old` and `new` `(n, dim)`, and which of them, `(n,)` bool, only judge the map.
+
+        Raises:
+            ShapeError: the shapes differ.
+        """
+        if old.shape != new.shape:
+            raise ShapeError(f"expected the same rows before and after, got {tuple(old.shape)} and {tuple(new.shape)}.")
+        for part, chosen in enumerate((~held, held)):
+            before = old[chosen].detach().cpu().double()
+            move = new[chosen].detach().cpu().double() - before
+            self.sums[part, 0] += before.T @ before
+            self.sums[part, 1] += move.T @ before
+            self.squares[part] += move.square().sum()
+            self.sizes[part] += before.square().sum()
+
+    def fit(self) -> Drift:
+        """Fit `move = (matrix - 1) old` by ridge regression, its penalty chosen on the rows that judge.
+
+        Where no penalty explains anything of their movement, the map is the identity.
+        """
+        size = self.sums.shape[-1]
+        identity = torch.eye(size, dtype=torch.float64)
+        total = float(self.sizes.sum())
+        relative = (float(self.squares.sum()) / total) ** 0.5 if total else 0.0
+        values, vectors = torch.linalg.eigh(self.sums[0, 0])
+        turned = self.sums[0, 1] @ vectors
+        unit = max(float(self.sums[0, 0].diagonal().mean()), 1e-300)
+        best, left = torch.zeros_like(identity), float(self.squares[1])
+        for penalty in _PENALTIES:
+            candidate = turned / (values.clamp(min=0) + penalty * unit) @ vectors.T
+            error = (candidate @ self.sums[1, 0] * candidate).sum() - 2 * (candidate * self.sums[1, 1]).sum()
+            if float(error + self.squares[1]) < left:
+                best, left = candidate, float(error + self.squares[1])
+        judged = float(self.squares[1])
+        return Drift(identity + best, relative, 1 - left / judged if judged else 0.0)
