@@ -256,6 +256,7 @@ def test_prototypes_of_a_class_leave(select: str, vit: Path, tmp_path: Path) -> 
     assert names and not names & {"class a", "class b"}  # a task none of whose classes is known is not recognised
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["replay", "i_lora"])
 def test_rows_of_a_language_model_leave(method: str, llama: Path, tmp_path: Path) -> None:
     names = {"replay": "size", "i_lora": "ilora_buffer_size"}
@@ -300,6 +301,7 @@ class _Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_unfinished_task_begins_anew(vit: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": 16, "insert": "online", "checkpoint_every": 1, "keep_validation": 2}
     tasks = toy_tasks("image", 2)

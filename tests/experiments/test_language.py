@@ -114,6 +114,7 @@ def test_every_domain_is_measured_before_the_first_task_and_after_each(start, tm
         assert f"{figures['ce']:.3f}" in page and f"{figures['retention']:.3f}" in page
 
 
+@pytest.mark.slow
 def test_the_scores_are_those_of_the_learner_on_disk(start, tmp_path) -> None:
     results = start(methods=["double"])
     learner = Learner.open(tmp_path / "out" / "double-3" / "learner")
@@ -149,6 +150,7 @@ def test_a_row_may_measure_some_of_its_weights(start) -> None:
         start(methods=["odd"])
 
 
+@pytest.mark.slow
 def test_texts_of_the_pretrained_model_enter_the_memory_before_the_first_task(start, tmp_path) -> None:
     results = start(methods=["recall", "double"])
     recall = next(one for one in results["runs"] if one["method"] == "recall")

@@ -120,6 +120,7 @@ def test_an_interrupted_run_goes_on_after_its_last_task(start, monkeypatch, mome
     assert numbers(start(methods=["inflora"])) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_rows_and_seeds_can_be_added_to_a_folder_and_finished_ones_are_kept(start, monkeypatch):
     first = start(methods=["probe"])
     learned = []

@@ -61,6 +61,7 @@ def test_tensors_are_hashed_only_where_a_claim_asks(start: Start, tiny: str) -> 
     assert "digests" not in start(tiny, methods=["probe"])["runs"][0]
 
 
+@pytest.mark.slow
 def test_a_changed_tensor_is_seen(start: Start, tmp_path: Path) -> None:
     start(methods=["probe", "sequential"])
     for row in ("probe", "sequential"):  # one network as it is, one with wrapped layers

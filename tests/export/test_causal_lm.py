@@ -301,6 +301,7 @@ def continued(backbone: Any, prompt: str) -> str:
     return str(backbone.inputs.decode(output[0, batch["input_ids"].shape[1] :]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_exports_generate_the_text_of_the_learner(
     kind: str, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

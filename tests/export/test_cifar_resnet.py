@@ -300,6 +300,7 @@ def readme_logits(folder: Path, *, without: tuple[str, ...]) -> Tensor:
     return torch.from_numpy(np.load(folder / "found.npy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "twice"),
     [

@@ -140,6 +140,7 @@ def assert_alike(full, partial, moment, threshold, rank=4):
     assert full.kind == partial.kind
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 10_000),

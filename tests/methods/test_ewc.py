@@ -157,5 +157,6 @@ def test_there_must_be_something_to_hold() -> None:
         method_spec("ewc").options({"train": "head"})
 
 
+@pytest.mark.slow
 def test_a_learner_goes_on_after_reopening(models: dict[str, Path], tmp_path: Path) -> None:
     assert_goes_on_after_reopening(tmp_path, models["resnet"], "resnet", "ewc", lr=1e-3, fisher_samples=4)

@@ -148,6 +148,7 @@ def test_random_features_are_not_exported(bert: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["ridge", pytest.param("ncm", marks=pytest.mark.slow)])
 def test_a_task_that_is_cut_off_ends_with_the_same_bits(head: str, bert: Path, tmp_path: Path) -> None:
     options = {"head_drift": "linear", "eval_batch_size": 6}

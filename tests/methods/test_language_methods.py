@@ -187,6 +187,7 @@ def test_replay_balances_tasks_and_sees_both_parts(stories: Path) -> None:
     assert bench.method.buffer.state()["rows/token_ids"].dtype == torch.uint16
 
 
+@pytest.mark.slow
 def test_all_rows_at_once_is_better_than_in_turn(stories: Path) -> None:
     data = [language_task(index, 8) for index in range(3)]
     every = LanguageBench(stories, "joint", 1, data=[concatenate(data)], training={"epochs": 4})

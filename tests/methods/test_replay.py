@@ -152,6 +152,7 @@ def test_a_row_of_a_foreign_class_is_refused(models: dict[str, Path]) -> None:
         bench.method.loss(replace(batch, memory=wrong))
 
 
+@pytest.mark.slow
 def test_it_beats_plain_fine_tuning_when_no_task_is_given(models: dict[str, Path], tmp_path: Path) -> None:
     rows = concatenate(tasks("vit"))
     found = {}
@@ -163,6 +164,7 @@ def test_it_beats_plain_fine_tuning_when_no_task_is_given(models: dict[str, Path
     assert found["replay"] > found["sequential"] + 0.3 and found["replay"] > 0.8, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("resnet", {"insert": "online"}), ("bert", {"balanced": True, "loss": "local"})],

@@ -91,6 +91,7 @@ def test_ranks_fit_each_convolution(models: dict[str, Path]) -> None:
     assert not torch.equal(bench.backbone.features(bench.batch(0, [0, 1]).inputs), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["adapter", "all"])
 def test_a_learner_goes_on_after_reopening(train: str, models: dict[str, Path], tmp_path: Path) -> None:
     assert_goes_on_after_reopening(tmp_path, models["resnet"], "resnet", "sequential", train=train, lr=1e-3)

@@ -48,6 +48,7 @@ def test_a_label_far_from_its_marker_is_led_to_it() -> None:
     assert placed[-1].leader is None, "alone, its label stands beside it"
 
 
+@pytest.mark.slow
 def test_a_wide_range_is_logarithmic_and_a_narrow_one_is_not() -> None:
     wide = chart(SIZES, [0.5] * 14)
     assert wide.x_label.endswith("logarithmic")
@@ -73,6 +74,7 @@ def test_there_is_nothing_to_draw_when_all_are_of_one_size() -> None:
     assert scatter_chart("t", "y", [], scale=Scale()) is None
 
 
+@pytest.mark.slow
 def test_the_same_picture_every_time() -> None:
     values = [0.5 + 0.01 * index for index in range(14)]
     assert chart(SIZES, values, NAMES) == chart(SIZES, values, NAMES)

@@ -25,6 +25,7 @@ def test_the_best_epoch_wins_then_the_mean_then_the_smaller_rate() -> None:
     assert search_rate.choose({0.2: curve(0.1, 0.6, 0.7), 0.1: curve(0.1, 0.6, 0.7)}) == 0.1
 
 
+@pytest.mark.slow
 def test_each_row_that_trains_gets_every_rate(tmp_path, monkeypatch, capsys) -> None:
     file = tmp_path / "tiny.yaml"
     text = TINY.replace("epochs: 1,", "epochs: 1, keep_validation: 3,").replace(

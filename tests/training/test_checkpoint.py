@@ -366,6 +366,7 @@ def test_memory_that_is_never_enough(models: dict[str, Path]) -> None:
         bench.learn()
 
 
+@pytest.mark.slow
 def test_a_step_begun_anew_counts_once(models: dict[str, Path], tmp_path: Path) -> None:
     """A method that notes things in the pieces of a step must forget those of the attempt that failed."""
     digests = []
