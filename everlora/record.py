@@ -26,6 +26,13 @@ from everlora.training import TaskData, TrainingReport
 __all__ = ["load_base", "provenance", "task_name", "task_result", "write_task"]
 
 
+_PREPARES = {
+    "image": "image processor or the pooling",
+    "text": "tokenizer, its length or the pooling",
+    "language": "tokenizer or the template",
+}
+
+
 def provenance() -> dict[str, Any]:
     """When something was written, and by which versions."""
     versions = {"everlora": everlora.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
@@ -158,9 +165,10 @@ def load_base(header: Mapping[str, Any], moved_to: str | Path | None, settings: 
             f"the model at {source} is not the one the learner was made with (sha256 {found[:12]}..., expected "
             f"{header['base_sha256'][:12]}...); give the original with --model or model=."
         )
-    if header.get("inputs_sha256") != backbone.inputs_fingerprint:
+    # none in a learner of an encoder that was made before this was recorded
+    if header.get("inputs_sha256") not in (None, backbone.inputs_fingerprint):
         raise ModelError(
-            f"the tokenizer or the template at {source} is not the one the learner was made with, so that rows would "
-            "become other tokens; put the original back."
+            f"the {_PREPARES[backbone.modality]} at {source} is not the one the learner was made with, so that rows "
+            "would become other inputs; put the original back."
         )
     return backbone

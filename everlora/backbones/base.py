@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from everlora.backbones.fingerprint import fingerprint_of, tokenizer_text
 from everlora.backbones.images import Augment, ImageInputs
 from everlora.backbones.inputs import Encoded, EncodedTexts, Rows
 from everlora.backbones.texts import TextInputs
@@ -68,9 +69,11 @@ class Backbone(nn.Module, ABC):
         return "image" if isinstance(self.inputs, ImageInputs) else "text"
 
     @property
-    def inputs_fingerprint(self) -> str | None:
-        """Sha256 over what turns rows into tokens, where a change of it would go unseen; `None` where it cannot."""
-        return None
+    def inputs_fingerprint(self) -> str:
+        """Sha256 over what turns rows into features beside the network: tokenizer or image steps, and pooling."""
+        if isinstance(self.inputs, ImageInputs):
+            return fingerprint_of(repr(self.inputs.transform), self.pooling)
+        return fingerprint_of(str(self.inputs.max_length), tokenizer_text(self.inputs.tokenizer), self.pooling)
 
     @property
     def output_head(self) -> nn.Module | None:

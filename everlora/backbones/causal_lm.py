@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from everlora.backbones.architectures import ARCHITECTURES, Architecture, known_projections
 from everlora.backbones.base import Backbone
+from everlora.backbones.fingerprint import fingerprint_of, tokenizer_text
 from everlora.backbones.huggingface import accepts, guarded_load, hidden_size, linear_names, quiet_transformers
 from everlora.backbones.language_inputs import LanguageInputs
 from everlora.backbones.quantization import prepare_quantized, quantization_options
@@ -66,7 +66,7 @@ class CausalLMBackbone(Backbone):
     @property
     def inputs_fingerprint(self) -> str:
         """Sha256 over template and tokenizer."""
-        return _fingerprint(self.tokenizer, self.inputs.template_text)
+        return fingerprint_of(self.inputs.template_text, tokenizer_text(self.tokenizer))
 
     @property
     def vocab_size(self) -> int:
@@ -236,18 +236,12 @@ def fingerprint_of_inputs(folder: Path, *, template: str = "auto") -> str:
     """
     with quiet_transformers():
         tokenizer = _load_tokenizer(folder)
-    return _fingerprint(tokenizer, find_template(tokenizer, template).text)
+    return fingerprint_of(find_template(tokenizer, template).text, tokenizer_text(tokenizer))
 
 
 def _load_tokenizer(folder: Path) -> Any:
     load = transformers.AutoTokenizer.from_pretrained
     return guarded_load(folder, load, folder, local_files_only=True, trust_remote_code=False)
-
-
-def _fingerprint(tokenizer: Any, template: str) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    tokens = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    return hashlib.sha256(f"{template}\0{tokens}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _length(config: Any, tokenizer: Any, wanted: int | None) -> int:

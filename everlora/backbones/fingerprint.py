@@ -12,7 +12,7 @@ from typing import Any
 
 from everlora.errors import ModelError
 
-__all__ = ["cache_folder", "model_files", "model_fingerprint"]
+__all__ = ["cache_folder", "fingerprint_of", "model_files", "model_fingerprint", "tokenizer_text"]
 
 logger = logging.getLogger("everlora.backbones")
 
@@ -63,6 +63,21 @@ def model_fingerprint(folder: str | Path, *, use_cache: bool = True) -> str:
     if cache != known or not use_cache:
         _write_cache(cache)
     return digest.hexdigest()
+
+
+def fingerprint_of(*texts: str) -> str:
+    """Sha256 over texts, as 64 hexadecimal digits."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def tokenizer_text(tokenizer: Any) -> str:
+    """All that decides what tokens a text becomes, as text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(sorted(tokenizer.get_vocab().items()))
+    content = json.loads(backend.to_str())
+    # each call sets these two to what it wants
+    return json.dumps({**content, "truncation": None, "padding": None}, sort_keys=True)
 
 
 def _file_hash(path: Path, cache: dict[str, Any]) -> str:

@@ -21,13 +21,15 @@ __all__ = ["StageProgress"]
 
 _MOST_BARS = 6
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_SIGNS = 30.0  # of life, in the middle of a stage
 
 
 class StageProgress:
     """Shows calls `progress(stage, done, total)` as bars, one per stage.
 
     On a terminal the bars appear when the work has lasted `delay_seconds`, even if no call came until then (loading a
-    model makes none). Elsewhere, as in a log file, a stage that ends becomes a line, one in ten seconds at most.
+    model makes none). Elsewhere, as in a log file, a stage that ends becomes a line, one in ten seconds at most, and a
+    long one every half minute.
 
     Args:
         delay_seconds: how long the work may last before anything is shown.
@@ -88,6 +90,7 @@ class StageProgress:
                 self._finish(stage, total)
             else:
                 self._finished.discard(stage)
+                self._write_line(stage, done, total, first=_SECONDS_BETWEEN_LINES, between=_SECONDS_BETWEEN_SIGNS)
 
     def _drop_waiting(self) -> None:
         if self._waiting is not None:
@@ -105,8 +108,12 @@ class StageProgress:
         if stage in self._finished:
             return
         self._finished.add(stage)
+        self._write_line(stage, total, total, first=self._delay_seconds, between=_SECONDS_BETWEEN_LINES)
+
+    def _write_line(self, stage: str, done: int, total: int, *, first: float, between: float) -> None:
+        """Write where the work stands, unless it has only begun or a line was written shortly before."""
         now = time.monotonic()
-        is_due = now - self._begun >= self._delay_seconds and now - self._last_line >= _SECONDS_BETWEEN_LINES
-        if is_due and not self._console.is_terminal:
+        if now >= max(self._begun + first, self._last_line + between) and not self._console.is_terminal:
             self._last_line = now
-            self._console.print(f"{stage}: {total}/{total} after {now - self._begun:.0f} s", soft_wrap=True)
+            of = f"/{total}" if total else ""
+            self._console.print(f"{stage}: {done}{of} after {now - self._begun:.0f} s", soft_wrap=True)

@@ -62,20 +62,26 @@ def examine_base(header: Mapping[str, Any], shapes: Shapes, moved_to: str | Path
 
 
 def _compare_inputs(folder: Path, header: Mapping[str, Any], source: str) -> Iterator[Finding]:
-    """Compare tokenizer and template with those that the learner was made with; its options may name a template."""
-    from everlora.backbones import fingerprint_of_inputs
+    """Compare what prepares rows with what the learner was made with; its options may say how."""
+    from everlora.backbones import fingerprint_of_inputs, load_backbone
 
     options = header.get("options")
     model = options.get("model") if isinstance(options, Mapping) else None
-    template = str(model.get("template", "auto")) if isinstance(model, Mapping) else "auto"
+    given = dict(model) if isinstance(model, Mapping) else {}
     try:
-        found = fingerprint_of_inputs(folder, template=template)
-    except EverloraError as error:
-        what = f"fixes a tokenizer that cannot be read at {source} ({str(error).rpartition('; ')[0]})"
-        yield broken(LEARNER_FILE, what, "put the original tokenizer back")
+        if header.get("modality") == "language":
+            found = fingerprint_of_inputs(folder, template=str(given.get("template", "auto")))
+        else:
+            found = load_backbone(folder, **given).inputs_fingerprint
+    except (EverloraError, TypeError) as error:
+        what = f"fixes what prepares rows, which cannot be read at {source} ({str(error).rpartition('; ')[0]})"
+        yield broken(LEARNER_FILE, what, "put the original tokenizer or image processor back")
         return
     if found != header["inputs_sha256"]:
-        what = f"was made with another tokenizer or template than the one at {source}, so that rows become other tokens"
+        what = (
+            f"was made with another tokenizer, template, image processor or pooling than those at {source}, so that "
+            "rows become other inputs"
+        )
         yield broken(LEARNER_FILE, what, "give the original with --model, or put it back")
 
 

@@ -216,6 +216,10 @@ def _decode(batch: _Batch, index: int) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{batch.where(index)} does not exist; correct its path or drop the row") from error
+    except IsADirectoryError as error:
+        raise DataError(
+            f"{batch.where(index)} is a folder; name its images one by one, or give it as a data set (--input FOLDER)"
+        ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) and path is None and content is None else "not a whole image"
         raise DataError(f"{batch.where(index)} cannot be decoded ({reason}); repair or remove it") from error

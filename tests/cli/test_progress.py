@@ -25,6 +25,22 @@ def test_a_log_file_gets_one_line_for_stages_that_end_late(capsys: pytest.Captur
     assert out == "" and err == "train [1]: 2/2 after 0 s\n"
 
 
+def test_a_log_file_gets_a_sign_of_life_within_a_long_stage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("everlora.cli.progress.time.monotonic", lambda: now[0])
+    with StageProgress() as progress:
+        for step in range(1, 100):
+            now[0] = float(step)
+            progress("train", step, 0 if step > 40 else 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 10/100 after 10 s",
+        "train: 40/100 after 40 s",
+        "train: 70 after 70 s",
+    ]
+
+
 def test_a_terminal_gets_one_bar_per_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", "120")

@@ -98,6 +98,7 @@ def test_resizing_keeps_the_middle() -> None:
         (np.zeros((4, 5), np.int64), "int64"),
         (np.zeros((4, 5, 4), np.uint8), "shape"),
         ("nowhere.png", "nowhere.png does not exist"),
+        (".", "is a folder; name its images one by one"),
     ],
 )
 def test_undecodable_images_are_named(record: Any, message: str) -> None:
