@@ -26,7 +26,7 @@ from everlora.report.per_task import confusions, forgetting_by_task
 from everlora.report.setup_tables import commit_rows, resolved_options
 from everlora.report.table import UNDEFINED, Group, format_table, grouped_matrices, summarise
 
-__all__ = ["render_report", "write_report", "with_contents"]
+__all__ = ["render_report", "with_contents", "write_report"]
 
 TEMPLATE, LANGUAGE_TEMPLATE = "page.html.jinja", "language.html.jinja"
 ENOUGH_SEEDS = 3

@@ -66,11 +66,12 @@ LANGUAGE_ROWS: list[tuple[str, dict]] = [
 
 
 def _marked(kind: tuple[str, ...] = (), *, leave_out: str = "") -> list[Any]:
-    """The rows, those of a name that came before marked as slow; with kinds, each of them, all but the first slow."""
+    """The rows, those of a class that came before marked as slow; with kinds, each of them, all but the first slow."""
     rows, seen = [], set()
+    home = {entry.name: entry.module for entry in list_methods()}
     for name, options in ROWS:
-        marks = [pytest.mark.slow] if name in seen else []
-        seen.add(name)
+        marks = [pytest.mark.slow] if home.get(name) in seen else []
+        seen.add(home.get(name))
         if name == leave_out:
             continue
         rows += [
