@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from everlora.cli import completion
+
 __all__ = [
     "AsJson",
     "BaseModel",
@@ -19,6 +21,10 @@ __all__ = [
     "Folder",
     "ImageColumn",
     "LabelColumn",
+    "Recipe",
+    "RecipeData",
+    "RecipeModel",
+    "RecipeSetting",
     "Settings",
     "TextColumn",
     "columns_from",
@@ -31,6 +37,16 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The learner's folde
 BaseModel = Annotated[
     str | None,
     typer.Option("--model", metavar="SOURCE", help="Where the pretrained model lies now, if it has moved."),
+]
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a recipe file.", autocompletion=completion.recipes)
+]
+RecipeData = Annotated[
+    str | None, typer.Option("--data", metavar="FOLDER", help="Where the data lies, instead of the hub.")
+]
+RecipeModel = Annotated[str | None, typer.Option("--model", metavar="SOURCE", help="Another pretrained model.")]
+RecipeSetting = Annotated[
+    str | None, typer.Option("--setting", metavar="NAME", help="Which of the recipe's settings; its own otherwise.")
 ]
 TextColumn = Annotated[str | None, typer.Option("--text-column", metavar="NAME", help="Column that holds the texts.")]
 ImageColumn = Annotated[

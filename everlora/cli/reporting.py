@@ -42,11 +42,11 @@ def report(
 
 def _read(folder: Path) -> dict[str, Any]:
     from everlora.errors import DataError
-    from everlora.store.files import MAX_JSON_BYTES, load_json, read_bytes
+    from everlora.experiments.records import read_json
 
     file = folder / RESULTS
     if file.is_file():
-        return load_json(read_bytes(file, limit=MAX_JSON_BYTES), file)
+        return read_json(file)
     if (folder / LEARNER).is_file():
         from everlora.report import learner_results
 

@@ -14,6 +14,10 @@ from everlora.cli.parameters import (
     CheckpointEvery,
     Debug,
     DiscardUnfinished,
+    Recipe,
+    RecipeData,
+    RecipeModel,
+    RecipeSetting,
     Settings,
     parse_settings,
     split_names,
@@ -25,10 +29,7 @@ __all__ = ["recipes", "run"]
 
 
 def run(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="Name of a recipe, or a recipe file.", autocompletion=completion.recipes),
-    ],
+    recipe: Recipe,
     *,
     methods: Annotated[
         str | None,
@@ -40,13 +41,9 @@ def run(
         ),
     ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", metavar="1,2", help="One run for each seed.")] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="FOLDER", help="Where the data lies, instead of the hub.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="SOURCE", help="Another pretrained model.")] = None,
-    setting: Annotated[
-        str | None, typer.Option("--setting", metavar="NAME", help="Which of the recipe's settings; its own otherwise.")
-    ] = None,
+    data: RecipeData = None,
+    model: RecipeModel = None,
+    setting: RecipeSetting = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the results go.")] = None,
     workers: Annotated[
         int | None,

@@ -8,14 +8,25 @@ from typing import Annotated, Any
 import typer
 
 from everlora.cli import output
-from everlora.cli.parameters import AsJson, Debug, Settings, parse_settings, split_names, whole_numbers
+from everlora.cli.parameters import (
+    AsJson,
+    Debug,
+    Recipe,
+    RecipeData,
+    RecipeModel,
+    RecipeSetting,
+    Settings,
+    parse_settings,
+    split_names,
+    whole_numbers,
+)
 from everlora.cli.progress import StageProgress
 
 __all__ = ["sweep"]
 
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a recipe file.")],
+    recipe: Recipe,
     *,
     methods: Annotated[str, typer.Option("--methods", metavar="A,B", help="Rows to try, or 'all'.")],
     grid: Annotated[
@@ -52,13 +63,9 @@ def sweep(
     metric: Annotated[
         str, typer.Option("--metric", help="last, the accuracy at the end, or avg, its mean over the stream.")
     ] = "last",
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="FOLDER", help="Where the data lies, instead of the hub.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="SOURCE", help="Another pretrained model.")] = None,
-    setting: Annotated[
-        str | None, typer.Option("--setting", metavar="NAME", help="Which of the recipe's settings; its own otherwise.")
-    ] = None,
+    data: RecipeData = None,
+    model: RecipeModel = None,
+    setting: RecipeSetting = None,
     workers: Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Processes, of one thread each.")] = 1,
     backend: Annotated[
         str, typer.Option("--backend", help="local, or ray: Ray Tune, with DIR on a disk that all machines share.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from everlora.errors import ShapeError
+from everlora.heads.ridge import RidgePath
 
 __all__ = ["Drift", "DriftSums"]
 
@@ -63,18 +64,12 @@ class DriftSums:
 
         Where no penalty explains anything of their movement, the map is the identity.
         """
-        size = self.sums.shape[-1]
-        identity = torch.eye(size, dtype=torch.float64)
-        total = float(self.sizes.sum())
+        total, judged = float(self.sizes.sum()), float(self.squares[1])
         relative = (float(self.squares.sum()) / total) ** 0.5 if total else 0.0
-        values, vectors = torch.linalg.eigh(self.sums[0, 0])
-        turned = self.sums[0, 1] @ vectors
-        unit = max(float(self.sums[0, 0].diagonal().mean()), 1e-300)
-        best, left = torch.zeros_like(identity), float(self.squares[1])
-        for penalty in _PENALTIES:
-            candidate = turned / (values.clamp(min=0) + penalty * unit) @ vectors.T
-            error = (candidate @ self.sums[1, 0] * candidate).sum() - 2 * (candidate * self.sums[1, 1]).sum()
-            if float(error + self.squares[1]) < left:
-                best, left = candidate, float(error + self.squares[1])
-        judged = float(self.squares[1])
-        return Drift(identity + best, relative, 1 - left / judged if judged else 0.0)
+        path = RidgePath(self.sums[0, 0], self.sums[0, 1])
+        errors = path.errors(self.sums[1, 0], self.sums[1, 1], _PENALTIES)
+        best = min(range(len(errors)), key=lambda index: errors[index])
+        identity = torch.eye(self.sums.shape[-1], dtype=torch.float64)
+        if errors[best] >= 0:  # no better than nothing moving
+            return Drift(identity, relative, 0.0)
+        return Drift(identity + path.solution(_PENALTIES[best]), relative, -errors[best] / judged)

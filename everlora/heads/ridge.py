@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from everlora.errors import NumericError
 from everlora.heads.statistics import FeatureStatistics
 
-__all__ = ["PENALTIES", "RidgeFit", "fit_ridge"]
+__all__ = ["PENALTIES", "RidgeFit", "RidgePath", "fit_ridge"]
 
 PENALTIES: tuple[float, ...] = tuple(10.0**power for power in range(-8, 3))
 """Regularisations that are tried, in units of the mean eigenvalue of the Gram matrix."""
@@ -36,7 +37,6 @@ def fit_ridge(
     held_out: FeatureStatistics | None = None,
     *,
     penalty: float | None = None,
-    refit: bool = True,
 ) -> RidgeFit:
     """Minimise `sum |W f - y|^2 + penalty * tr(G) / dim * |W|^2`, y being the indicator of the label.
 
@@ -45,9 +45,8 @@ def fit_ridge(
 
     Args:
         statistics: of the rows to fit.
-        held_out: of rows that choose the penalty; with `refit` they are fitted, too, once it is chosen.
+        held_out: of rows that choose the penalty; they are fitted, too, once it is chosen.
         penalty: use this one and choose none; without it and without rows held out, 1e-3.
-        refit: see `held_out`; False where they are validation rows, which only choose.
 
     Raises:
         NumericError: there is no Gram matrix, or it is not finite.
@@ -62,14 +61,43 @@ def fit_ridge(
         penalty = PENALTIES[min(range(len(errors)), key=lambda index: errors[index])]
     penalty = 1e-3 if penalty is None else penalty
     whole = statistics
-    if refit and held_out is not None and held_out.count:
+    if held_out is not None and held_out.count:
         whole = statistics.copy()
         whole.merge(held_out)
     return RidgeFit(_solve(whole, penalty), penalty, errors)
 
 
+class RidgePath:
+    """Solutions of `min sum |W f - y|^2` for many penalties, from sums over rows and one decomposition.
+
+    Args:
+        gram: sum of `f f^T`, `(dim, dim)` float64.
+        sums: sum of `y f^T`, `(outputs, dim)`.
+    """
+
+    def __init__(self, gram: Tensor, sums: Tensor) -> None:
+        self._values, self._vectors = torch.linalg.eigh(gram)
+        self._turned, self._unit = sums @ self._vectors, _unit(gram)
+
+    def errors(self, gram: Tensor, sums: Tensor, penalties: Sequence[float]) -> list[float]:
+        """Squared error of each solution on other rows, less the sum of their `|y|^2`, from their own sums."""
+        gram, sums = self._vectors.T @ gram @ self._vectors, sums @ self._vectors
+        weights = (self._rotated(penalty) for penalty in penalties)
+        return [float((weight @ gram * weight).sum() - 2 * (weight * sums).sum()) for weight in weights]
+
+    def solution(self, penalty: float) -> Tensor:
+        """W, `(outputs, dim)`."""
+        weight: Tensor = self._rotated(penalty) @ self._vectors.T
+        return weight
+
+    def _rotated(self, penalty: float) -> Tensor:
+        weight: Tensor = self._turned / (self._values.clamp(min=0) + penalty * self._unit)
+        return weight
+
+
 def _unit(gram: Tensor) -> float:
-    return float(gram.diagonal().mean())
+    """Mean eigenvalue, above 0."""
+    return max(float(gram.diagonal().mean()), 1e-300)
 
 
 def _solve(statistics: FeatureStatistics, penalty: float) -> Tensor:
@@ -78,25 +106,18 @@ def _solve(statistics: FeatureStatistics, penalty: float) -> Tensor:
     assert gram is not None
     identity = torch.eye(len(gram), dtype=gram.dtype)
     for step in range(8):
-        factor, info = torch.linalg.cholesky_ex(gram + penalty * 10.0**step * max(_unit(gram), 1e-300) * identity)
+        factor, info = torch.linalg.cholesky_ex(gram + penalty * 10.0**step * _unit(gram) * identity)
         if int(info) == 0:
             return torch.cholesky_solve(statistics.sums.T, factor).T
     raise NumericError("the Gram matrix of the features is singular whatever is added; check the rows and the model.")
 
 
 def _errors(statistics: FeatureStatistics, held_out: FeatureStatistics) -> tuple[float, ...]:
-    """Mean squared error on the held-out rows for each of the penalties, by one decomposition."""
+    """Mean squared error on the held-out rows for each of the penalties."""
     assert statistics.gram is not None and held_out.gram is not None
     classes = max(len(statistics.counts), len(held_out.counts))
     fitted, judged = statistics.copy(), held_out.copy()
     fitted.grow(classes)
     judged.grow(classes)
-    values, vectors = torch.linalg.eigh(statistics.gram)
-    turned, gram = fitted.sums @ vectors, vectors.T @ held_out.gram @ vectors
-    sums = judged.sums @ vectors
-    errors = []
-    for penalty in PENALTIES:
-        weight = turned / (values.clamp(min=0) + penalty * max(_unit(statistics.gram), 1e-300))
-        error = (weight @ gram * weight).sum() - 2 * (weight * sums).sum() + judged.count
-        errors.append(float(error) / max(judged.count, 1))
-    return tuple(errors)
+    errors = RidgePath(statistics.gram, fitted.sums).errors(held_out.gram, judged.sums, PENALTIES)
+    return tuple((error + judged.count) / judged.count for error in errors)

@@ -11,15 +11,21 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from everlora.errors import DataError, UnsupportedError
+from everlora.errors import UnsupportedError
+from everlora.heads.class_means import competing, rows_of_means
 from everlora.heads.expansion import Expansion
 from everlora.heads.ridge import RidgeFit, fit_ridge
 from everlora.heads.statistics import FeatureStatistics
 from everlora.heads.task_heads import HeadRows
 
-__all__ = ["HeadOptions", "StatisticalHead"]
+__all__ = ["HeadOptions", "StatisticalHead", "held_out"]
 
-_HELD_OUT = 5  # of so many rows one chooses the penalty
+_HELD_OUT = 5  # of so many rows one judges
+
+
+def held_out(rows: Tensor) -> Tensor:
+    """Which rows are not fitted at first, but choose a penalty: `(n,)` bool, from their numbers `(n,)`."""
+    return rows % _HELD_OUT == _HELD_OUT - 1
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,6 @@ class HeadOptions:
     head_features: Annotated[int, Field(ge=1)] = 2000
     head_penalty: Annotated[float, Field(gt=0)] | None = None
     head_drift: Literal["none", "measure", "linear"] = "none"
-
-    @property
-    def is_statistical(self) -> bool:
-        """Whether the head is fitted from statistics."""
-        return self.head not in ("linear", "cosine")
 
 
 class StatisticalHead:
@@ -85,7 +86,7 @@ class StatisticalHead:
     def update(self, features: Tensor, labels: Tensor, rows: Tensor) -> None:
         """Add rows: `features (n, d)`, `labels (n,)` and `rows (n,)`, their numbers, by which a fifth is held out."""
         expanded = self.expand(features)
-        held = (rows % _HELD_OUT == _HELD_OUT - 1).to(features.device)
+        held = held_out(rows).to(features.device)
         if self._means:
             held = torch.zeros_like(held)
         for statistics, chosen in ((self.fitted, ~held), (self.held_out, held)):
@@ -130,13 +131,7 @@ class StatisticalHead:
         """
         weight, bias = (tensor.to(features.device) for tensor in self._rows())
         scores = self.expand(features).to(weight.dtype) @ weight.T + bias
-        if task is not None:
-            outside = torch.ones(len(bias), dtype=torch.bool, device=scores.device)
-            outside[list(self.tasks[task])] = False
-            scores = scores.masked_fill(outside, -torch.inf)
-        if len(scores) and not bool(torch.isfinite(scores[0]).any()):
-            raise DataError("every class that could be the answer was forgotten on request; learn one anew.")
-        return scores.float()
+        return competing(scores, None if task is None else self.tasks[task]).float()
 
     def rows(self) -> HeadRows:
         """The head as plain rows.
@@ -158,14 +153,12 @@ class StatisticalHead:
         """Weight `(classes, dim)` and bias `(classes,)` float32, on expanded features."""
         if self._scores is None:
             counts = self.counts()
-            absent = torch.where(counts > 0, 0.0, -torch.inf)
             fit = self.fit()
             if fit is None:
-                means = functional.normalize(self.fitted.means(), dim=1)
-                weight, bias = 2 * means, absent - means.square().sum(dim=1)
+                self._scores = rows_of_means(functional.normalize(self.fitted.means(), dim=1), counts)
             else:
-                weight, bias = fit.weight / self._variance(fit), absent
-            self._scores = weight.float(), bias.float()
+                absent = torch.where(counts > 0, 0.0, -torch.inf)
+                self._scores = (fit.weight / self._variance(fit)).float(), absent.float()
         return self._scores
 
     def _variance(self, fit: RidgeFit) -> float:

@@ -395,10 +395,14 @@ class Method(Resumable, ABC):
         Running statistics, masks and prototypes are no parameters.
         Source: section 9 of the reference on convolutional networks.
         """
+        head = self.head_rows()
+        return self.adapted_parameters() + head.weight.numel() + head.bias.numel()
+
+    def adapted_parameters(self) -> int:
+        """Count those of the encoder with its adapters, a factor that layers share once."""
         layers = self.layers().values()
         added = {id(f): f for layer in layers for f in (layer.down, layer.up, layer.past_down, layer.past_up)}
-        head = self.head_rows()
-        return self.encoder.num_parameters + sum(t.numel() for t in [*added.values(), head.weight, head.bias])
+        return self.encoder.num_parameters + sum(factor.numel() for factor in added.values())
 
     def layers(self) -> dict[str, AdaptedLayer]:
         """Adapted layers by qualified name; empty for a frozen encoder."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from everlora.errors import NumericError, UnsupportedError
-from everlora.heads import DriftSums, HeadOptions, HeadRows, StatisticalHead, TaskHeads
+from everlora.heads import DriftSums, HeadOptions, HeadRows, StatisticalHead, TaskHeads, held_out
 from everlora.methods.base import Batch, Collect, Encoder, Method, State, TaskInfo
 from everlora.methods.forgetting import INSEPARABLE, Forgetting
 
@@ -97,7 +97,7 @@ class _StatisticalHead(Method):
             part.update(features, batch.labels, rows)
             if moved is not None:
                 old = torch.stack([self._before[row] for row in rows.tolist()]).to(features)
-                moved.update(self.head.expand(old), self.head.expand(features), rows.cpu() % 5 == 4)
+                moved.update(self.head.expand(old), self.head.expand(features), held_out(rows.cpu()))
 
         collect(add, stage="head statistics", augment=False)
         for statistics in (part.fitted, part.held_out):
@@ -134,8 +134,7 @@ class _StatisticalHead(Method):
 
     def stored_parameters(self) -> int:
         """Those of the encoder and its adapters: statistics are no parameters."""
-        added = {id(f): f for la in self.layers().values() for f in (la.down, la.up, la.past_down, la.past_up)}
-        return self.encoder.num_parameters + sum(factor.numel() for factor in added.values())
+        return self.adapted_parameters()
 
     def panels(self) -> dict[str, dict[str, float]]:
         """The method's own; the penalty chosen, and how far features moved."""

@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from everlora.errors import DataError, NumericError
-from everlora.heads import HeadRows
+from everlora.errors import NumericError
+from everlora.heads import HeadRows, competing, rows_of_means
 from everlora.methods.base import Batch, Collect, Encoder, Loss, Method, State, TaskInfo
 from everlora.methods.forgetting import INSEPARABLE, Forgetting, forget_sums
 from everlora.methods.keys import task_key, tasks_in
@@ -83,13 +83,7 @@ class NearestClassMean(Method):
         features = self.features(batch)
         weight, bias = (tensor.to(features.device) for tensor in self._rows())
         scores = self._scaled(features).float() @ weight.T + bias
-        if task is not None:
-            outside = torch.ones(len(bias), dtype=torch.bool, device=scores.device)
-            outside[list(self.tasks[task])] = False
-            scores = scores.masked_fill(outside, -torch.inf)
-        if len(scores) and not bool(torch.isfinite(scores[0]).any()):
-            raise DataError("every class that could be the answer was forgotten on request; learn one anew.")
-        return scores
+        return competing(scores, None if task is None else self.tasks[task])
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """None."""
@@ -137,8 +131,7 @@ class NearestClassMean(Method):
         means = sums / counts.clamp(min=1)[:, None]
         if self.options.metric == "cosine":
             means = nn.functional.normalize(means, dim=1)
-        bias = torch.where(counts > 0, -means.square().sum(dim=1), -torch.inf)
-        return (2 * means).float(), bias.float()
+        return rows_of_means(means, counts)
 
     def _scaled(self, features: Tensor) -> Tensor:
         return nn.functional.normalize(features, dim=1) if self.options.metric == "cosine" else features

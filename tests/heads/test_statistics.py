@@ -66,7 +66,7 @@ def test_ridge_is_that_of_scikit_learn() -> None:
 def test_the_error_on_rows_held_out_is_that_of_the_rows() -> None:
     features, labels = _rows(count=40)
     more, truth = _rows(count=30, seed=1)
-    fit = fit_ridge(_of(features, labels), _of(more, truth), refit=False)
+    fit = fit_ridge(_of(features, labels), _of(more, truth))
     targets = torch.nn.functional.one_hot(truth, 4).double()
     for penalty, error in zip(PENALTIES, fit.errors, strict=True):
         weight = fit_ridge(_of(features, labels), penalty=penalty).weight
