@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from everlora.errors import UnsupportedError
 from everlora.heads.class_means import competing, rows_of_means
+from everlora.heads.discriminant import DiscriminantFit, fit_discriminant
 from everlora.heads.expansion import Expansion
 from everlora.heads.ridge import RidgeFit, fit_ridge
 from everlora.heads.statistics import FeatureStatistics
@@ -34,21 +35,25 @@ class HeadOptions:
 
     Attributes:
         head: `linear`, one trained head a task (the published methods); `cosine`, the same on features and rows of
-            length 1; `ncm`, nearest class mean; `ridge`, a ridge regression from the Gram matrix and class sums of all
-            tasks; `ridge_random_features`, the same on random ReLU features. The last three are fitted after a task's
-            training, which goes on as with `linear`.
+            length 1; `ncm`, nearest class mean; `lda`, linear discriminant analysis, and `ridge`, ridge regression,
+            both from the Gram matrix and class sums of all tasks; `ridge_random_features`, the latter on random ReLU
+            features. All but the first two are fitted after a task's training, which goes on as with `linear`.
         head_features: number of random ReLU features.
-        head_penalty: of the ridge, in units of the Gram matrix's mean eigenvalue; None chooses it on a fifth of the
-            training rows of all tasks, and fits all rows with it.
+        head_penalty: of the ridge, in units of the Gram matrix's mean eigenvalue; of `lda` in those of the covariance
+            within classes. None chooses it on a fifth of the training rows of all tasks, and fits all rows with it.
         head_drift: `linear` moves the statistics of earlier tasks along with the features, by a linear map fitted to
             the current task's rows before and after its training; `measure` only says how far features moved, and how
             much of that such a map explains; `none` saves the pass before training.
+        adapt_tasks: how many tasks, the first ones, the method learns from; the features then stay as they are, and
+            later tasks enter the statistics alone, which costs one pass over their rows. None adapts to every task;
+            needs a head of statistics.
     """
 
-    head: Literal["linear", "cosine", "ncm", "ridge", "ridge_random_features"] = "linear"
+    head: Literal["linear", "cosine", "ncm", "lda", "ridge", "ridge_random_features"] = "linear"
     head_features: Annotated[int, Field(ge=1)] = 2000
     head_penalty: Annotated[float, Field(gt=0)] | None = None
     head_drift: Literal["none", "measure", "linear"] = "none"
+    adapt_tasks: Annotated[int, Field(ge=1)] | None = None
 
 
 class StatisticalHead:
@@ -68,10 +73,10 @@ class StatisticalHead:
         self.options = options
         self._means = options.head == "ncm"
         random = options.head_features if options.head == "ridge_random_features" else 0
-        self.expand = Expansion(feature_dim, random, seed, normalize=self._means, bias=not self._means)
+        self.expand = Expansion(feature_dim, random, seed, normalize=self._means, bias=options.head.startswith("ridge"))
         self.fitted, self.held_out = self._empty(), self._empty()
         self.tasks: list[tuple[int, ...]] = []
-        self._fit: RidgeFit | None = None
+        self._fit: RidgeFit | DiscriminantFit | None = None
         self._scores: tuple[Tensor, Tensor] | None = None
 
     def _empty(self) -> FeatureStatistics:
@@ -114,10 +119,11 @@ class StatisticalHead:
         """Rows of each class, `(classes,)`."""
         return self.fitted.counts + self.held_out.counts
 
-    def fit(self) -> RidgeFit | None:
-        """The ridge regression of all rows so far; None for class means."""
+    def fit(self) -> RidgeFit | DiscriminantFit | None:
+        """The classifier of all rows so far, with the penalty chosen; None for class means."""
         if self._fit is None and not self._means:
-            self._fit = fit_ridge(self.fitted, self.held_out, penalty=self.options.head_penalty)
+            fit = fit_discriminant if self.options.head == "lda" else fit_ridge
+            self._fit = fit(self.fitted, self.held_out, penalty=self.options.head_penalty)
         return self._fit
 
     def class_logits(self, features: Tensor, task: int | None = None) -> Tensor:
@@ -156,6 +162,8 @@ class StatisticalHead:
             fit = self.fit()
             if fit is None:
                 self._scores = rows_of_means(functional.normalize(self.fitted.means(), dim=1), counts)
+            elif isinstance(fit, DiscriminantFit):
+                self._scores = fit.weight.float(), fit.bias.float()
             else:
                 absent = torch.where(counts > 0, 0.0, -torch.inf)
                 self._scores = (fit.weight / self._variance(fit)).float(), absent.float()

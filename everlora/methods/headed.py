@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everlora.errors import NumericError, UnsupportedError
+from everlora.errors import NumericError, OptionError, UnsupportedError
 from everlora.heads import DriftSums, HeadOptions, HeadRows, StatisticalHead, TaskHeads, held_out
 from everlora.methods.base import Batch, Collect, Encoder, Method, State, TaskInfo
 from everlora.methods.forgetting import INSEPARABLE, Forgetting
@@ -33,8 +33,14 @@ def with_head(method_class: type[Method], head: HeadOptions) -> type[Method]:
         head: what turns features into scores; for `linear` the class itself is returned.
 
     Raises:
+        OptionError: `adapt_tasks` for a head that has to be trained.
         UnsupportedError: the method has a network for each task, and so no features that tasks share.
     """
+    if head.adapt_tasks is not None and head.head in ("linear", "cosine"):
+        raise OptionError(
+            f"adapt_tasks leaves later tasks to a head of statistics, found head={head.head}, which is trained; "
+            "choose head=ridge, or leave adapt_tasks out."
+        )
     if head.head == "linear":
         return method_class
     if method_class.isolated:
@@ -73,23 +79,29 @@ class _StatisticalHead(Method):
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Look at the features before they move, where statistics are to move with them; then the method's own."""
-        self._is_learning = True
-        self._before = {}
+        self._before, self._is_learning = {}, self._adapts(task)
+        if not self._is_learning:
+            return
         if task.index and not self.fixed_features and self.head_options.head_drift != "none":
             collect(self._keep, stage="features before training", augment=False)
         super().begin_task(dataclasses.replace(task, judged_apart=True), collect)
+
+    def _adapts(self, task: TaskInfo) -> bool:
+        """Whether the method learns from this task, or only the head does."""
+        return self.head_options.adapt_tasks is None or task.index < self.head_options.adapt_tasks
 
     def _keep(self, batch: Batch, features: Tensor) -> None:
         for row, feature in zip(_rows(batch).tolist(), features.detach().cpu(), strict=True):
             self._before[row] = feature
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What the method trains; nothing where that would be a linear head alone."""
-        return {} if self.fixed_features else super().parameters()
+        """What the method trains; nothing where that would be a linear head alone, or adaptation is over."""
+        return super().parameters() if self._is_learning and not self.fixed_features else {}
 
     def end_task(self, task: TaskInfo, collect: Collect) -> None:
         """The method's own; then the task's rows enter the statistics."""
-        super().end_task(task, collect)
+        if self._is_learning:
+            super().end_task(task, collect)
         part, moved = self.head.gathering(), DriftSums(self.head.expand.dim) if self._before else None
 
         def add(batch: Batch, features: Tensor) -> None:
@@ -161,21 +173,25 @@ class _StatisticalHead(Method):
         gone = {c for _, c in request.classes}
         elsewhere = {c for index, own in enumerate(tasks) for c in own if (index, c) not in request.classes}
         chosen = sorted(gone - elsewhere)
-        count = 0
-        for kind in ("fitted", "held_out"):
-            for name in ("sums", "counts"):
-                key = f"{_PREFIX}{kind}/{name}"
-                if key in request.state and chosen:
-                    values = request.state[key].clone()
-                    count += int((values[chosen] != 0).any()) if name == "counts" else 0
-                    values[chosen] = 0
-                    request.state[key] = values
-        return {**left, "class_sums": len(chosen)} if count else left
+        kinds = [kind for kind in ("fitted", "held_out") if chosen and f"{_PREFIX}{kind}/sums" in request.state]
+        seen = [_without(request.state, f"{_PREFIX}{kind}/", chosen) for kind in kinds]
+        return {**left, "class_sums": len(chosen)} if any(seen) else left
+
+
+def _without(state: State, prefix: str, classes: list[int]) -> bool:
+    """Take classes out of sums: their means leave the Gram matrix, too. Whether there was anything of them."""
+    sums, counts = state[prefix + "sums"].clone(), state[prefix + "counts"].clone()
+    own, rows = sums[classes], counts[classes]
+    if state.get(prefix + "gram") is not None:
+        state[prefix + "gram"] = state[prefix + "gram"] - own.T @ (own / rows.clamp(min=1)[:, None])
+    sums[classes], counts[classes] = 0, 0
+    state[prefix + "sums"], state[prefix + "counts"] = sums, counts
+    return bool(rows.any())
 
 
 _GRAM = (
-    "The Gram matrix of the features is one sum over all classes: the part of a forgotten class cannot be taken out of "
-    "it."
+    "The Gram matrix of the features is one sum over all classes: the mean of a forgotten class was taken out of it, "
+    "how its rows scattered about that mean cannot be."
 )
 
 

@@ -18,7 +18,7 @@ from tests.export.builders import readme_code
 from tests.toy import tiny_model, toy_learner, toy_tasks, toy_texts
 from tests.training.courses import Course
 
-STATISTICAL = ("ncm", "ridge", "ridge_random_features")
+STATISTICAL = ("ncm", "lda", "ridge", "ridge_random_features")
 SHARED = ("inflora", "sd_lora", "o_lora", "sequential", "replay", "lwf", "ewc", "probe", "ncm")
 ISOLATED = ("pnn", "packnet", "senacnn", "convlora", "independent")
 TASKS = toy_tasks("text", 3)
@@ -175,3 +175,27 @@ def test_an_older_learner_has_the_head_it_was_made_with(bert: Path, tmp_path: Pa
     assert header["options"]["head"]["head"] == "linear" and learner.settings.head.head == "linear"
     parts = {name: part for name, part in learner.settings.as_parts().items() if name != "head"}
     assert type(learner.settings).from_parts(learner.settings.method, parts) == learner.settings
+
+
+@pytest.mark.parametrize("method", [*(pytest.param(name, marks=pytest.mark.slow) for name in SHARED[1:-2]), "inflora"])
+def test_after_the_tasks_to_adapt_to_nothing_but_the_head_changes(method: str, bert: Path, tmp_path: Path) -> None:
+    whole = _learner(tmp_path / "whole", bert, method, "ridge", adapt_tasks=1)
+    other = _learner(tmp_path / "other", bert, method, "ridge", adapt_tasks=1)
+    _learn(whole)
+    for rows in (TASKS[0], TASKS[2], TASKS[1]):  # the head does not know the order of what follows
+        other.learn(rows)
+        other = Learner.open(tmp_path / "other", device="cpu")
+    costs = [task["cost"] for task in whole.card()["tasks"]]
+    assert [cost["trainable_parameters"] > 0 for cost in costs] == [True, False, False]
+    assert [cost["steps"] > 0 for cost in costs] == [True, False, False]
+    shared = [whole.classes.index(name) for name in other.classes]
+    theirs = np.array([[a.scores[name] for name in other.classes] for a in other.predict(concatenate(TASKS))])
+    assert np.allclose(_scores(whole)[:, shared], theirs, atol=1e-4)
+    digest = whole.digest
+    whole.rollback(2)
+    assert _learn(whole).digest == digest
+
+
+def test_a_head_that_is_trained_must_go_on_adapting(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="head=ridge"):
+        _learner(tmp_path / "learner", bert, "inflora", "linear", adapt_tasks=1)

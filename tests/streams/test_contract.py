@@ -7,11 +7,12 @@ import pytest
 from sklearn.datasets import load_digits
 
 from everlora.errors import DataError
-from everlora.streams import Examples, by_class, list_sources, load_examples, load_splits, register_source
+from everlora.streams import Examples, by_class, by_column, list_sources, load_examples, load_splits, register_source
 
 # name, modality, classes, rows of each split
 SOURCES = [
     ("sklearn:digits", "image", 10, {"train": 1258, "test": 539}),
+    ("sklearn:digits-domains", "image", 10, {"train": 1258, "test": 539}),
 ]
 
 
@@ -47,6 +48,21 @@ def test_digits_are_the_published_rows() -> None:
         assert all((np.asarray(examples.inputs)[..., channel] == expected).all() for channel in range(3))
     for digit, rows in load_splits("sklearn:digits")["test"].rows_by_label.items():
         assert len(rows) == round(0.3 * int((bunch.target == int(digit)).sum())), "the split is stratified"
+
+
+def test_domains_of_digits_change_looks_and_nothing_else() -> None:
+    plain, changed = load_splits("sklearn:digits")["train"], load_splits("sklearn:digits-domains")["train"]
+    assert changed.groups is not None and plain.labels is not None and changed.labels is not None
+    assert plain.labels.tolist() == changed.labels.tolist()
+    before, after = np.asarray(plain.inputs).astype(int), np.asarray(changed.inputs).astype(int)
+    stream = by_column({"train": changed}, name="digits", seed=None)
+    assert stream.scenario == "domain_incremental" and all(len(task.labels) == 10 for task in stream.tasks)
+    own = [np.flatnonzero(changed.groups == task.name) for task in stream.tasks]
+    assert max(map(len, own)) - min(map(len, own)) <= 10, "rows are dealt in turn"
+    assert (before[own[0]] == after[own[0]]).all() and (before[own[1]] + after[own[1]] == 255).all()
+    assert (np.rot90(before[own[2]], axes=(1, 2)) == after[own[2]]).all()
+    assert 20 < np.abs(before - after)[own[3]].mean() < 60
+    assert (after[own[4]][:, ::2] == after[own[4]][:, 1::2]).all()
 
 
 def test_registry_refuses() -> None:
