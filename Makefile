@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # After the set-up nothing is fetched: not by the demo, and not by a test.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: demo test slow lint types format docs wheel setup clean
+.PHONY: demo test slow lint types format docs ledger wheel setup clean
 
 demo: $(READY)
 	$(OFFLINE) $(BIN)/everlora run digits --methods inflora,sequential,probe,joint --out demo
@@ -33,6 +33,10 @@ types: $(READY)
 # The site, strictly: a link that leads nowhere stops it. Nothing is fetched, and no page fetches anything.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# What became here of the published figures and claims: docs/reproduction.md, from the records.
+ledger: $(READY)
+	$(BIN)/python scripts/ledger.py
 
 # Wheel and sdist into dist/; tests/test_wheel.py looks into them.
 wheel: $(READY)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from everlora.errors import DataError
 from everlora.methods.base import Batch, Method
+from everlora.rejection import Rejection
 from everlora.results import Counts, Evaluation, Prediction
 from everlora.streams import Examples
 from everlora.training import TaskData, TaskTrainer
@@ -111,17 +112,19 @@ class Evaluator:
             counts[names[index]] = self.count(rows, tasks[index], tasks, task=index)
         return self.summary(counts)
 
-    def predict(self, examples: Examples, task: int | None) -> list[Prediction]:
+    def predict(self, examples: Examples, task: int | None, rejection: Rejection | None = None) -> list[Prediction]:
         """Classify rows; only the classes that compete are among the scores, best first."""
         encoded = self.trainer.backbone.encode(examples.inputs, examples.ids)
         none = torch.zeros(len(examples), dtype=torch.long)
         data = TaskData(encoded, none, torch.as_tensor(examples.ids))
-        probabilities = self.logits(data, None, task).softmax(dim=1)
+        logits = self.logits(data, None, task)
+        refused = [False] * len(examples) if rejection is None else rejection.refuses(logits)
         predictions = []
-        for row in probabilities:
+        for row, is_refused in zip(logits.softmax(dim=1), refused, strict=True):
             order = row.argsort(descending=True, stable=True).tolist()
             scores = {self.classes[c]: float(row[c]) for c in order if row[c] > 0}
-            predictions.append(Prediction(self.classes[order[0]], float(row[order[0]]), scores))
+            label = None if is_refused else self.classes[order[0]]
+            predictions.append(Prediction(label, float(row[order[0]]), scores))
         return predictions
 
     @staticmethod

@@ -19,6 +19,7 @@ from everlora.kept_rows import KEPT_FILE, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
 from everlora.record import load_base, provenance, task_name, task_result, write_task
+from everlora.rejection import Rejects
 from everlora.restoring import restore_state
 from everlora.results import Counts, Evaluation, LanguageEvaluation, LanguageScore, Prediction, TaskResult
 from everlora.scenarios import LanguageScenario, Scenario, check_scenario, kind_of_model, make_scenario
@@ -32,7 +33,7 @@ from everlora.unfinished import Rows, TaskCheckpoints, open_checkpoints
 __all__ = ["Learner"]
 
 
-class Learner(Forgets, Describes):
+class Learner(Forgets, Describes, Rejects):
     """A pretrained model, a method and the tasks it has learned, in one directory.
 
     Use `Learner.create` or `Learner.open`. The directory is locked only while a task is learned or rolled back. Of
@@ -228,6 +229,7 @@ class Learner(Forgets, Describes):
         task: str | int | None = None,
         *,
         variant: str | None = None,
+        none_of_these: float | None = None,
         progress: Progress | None = None,
     ) -> list[Prediction]:
         """Classify inputs, or let a language model answer them.
@@ -237,19 +239,22 @@ class Learner(Forgets, Describes):
                 language model prompts, or rows without answers.
             task: name or number of the task the inputs belong to, when it is known; only its classes compete.
             variant: which weights answer, of `variants`.
+            none_of_these: share of rows of known classes, as in 0.05, that may get the label None so that rows of other
+                classes get it, too; the threshold is taken from the kept rows (`keep_validation`) as they score now.
             progress: called often as `progress(stage, done, total)`.
 
         Returns:
             One prediction per input.
 
         Raises:
-            DataError: nothing was learned yet, or an input cannot be read.
-            OptionError: no such task or variant.
+            DataError: nothing was learned yet, an input cannot be read, or too few rows were kept for a threshold.
+            OptionError: no such task or variant, or none_of_these for a language model.
         """
         self._require_tasks()
         with self._predicting(variant):
             rows = self._rules.read_inputs(inputs)
-            return self._rules.predict(self._trainer(progress), rows, self._task_index(task))
+            trainer, index = self._trainer(progress), self._task_index(task)
+            return self._rules.predict(trainer, rows, index, self._rejection(none_of_these, trainer, index, variant))
 
     def generate(
         self, prompts: Sequence[Any], *, max_new_tokens: int | None = None, variant: str | None = None

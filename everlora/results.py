@@ -55,13 +55,13 @@ class Prediction:
     """The answer to one input.
 
     Attributes:
-        label: name of the best class.
-        score: its probability, softmax over the classes that compete.
+        label: name of the best class; None for *none of these* (see `Learner.predict`), whose scores stay.
+        score: probability of the best class, softmax over the classes that compete.
         scores: probability of each of these classes by name, best first.
         text: what a language model wrote; None for a class. `label` is then empty, unless the input named its labels.
     """
 
-    label: str
+    label: str | None
     score: float
     scores: Mapping[str, float]
     text: str | None = None

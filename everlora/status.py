@@ -8,7 +8,7 @@ from typing import Any
 
 from everlora.store import FORGOTTEN, FORMAT_VERSION, LearnerStore, TaskData
 
-__all__ = ["describe", "read_status"]
+__all__ = ["describe", "read_status", "together"]
 
 
 def read_status(path: str | Path) -> dict[str, Any]:
@@ -67,6 +67,26 @@ def describe(store: LearnerStore) -> dict[str, Any]:
     }
 
 
+def together(tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up what `read_status` says of some tasks.
+
+    Args:
+        tasks: mappings of its list `tasks`.
+
+    Returns:
+        `num_tasks`; `num_examples`, `seconds`, `num_new_labels` and `num_known_labels`, sums; `accuracy_when_learned`,
+        `accuracy_now`, `change`, `cross_entropy_when_learned` and `cross_entropy_now`, means over tasks that have them.
+        None where no task has any.
+    """
+    means = ("accuracy_when_learned", "accuracy_now", "change", "cross_entropy_when_learned", "cross_entropy_now")
+    return {
+        "num_tasks": len(tasks),
+        **{key: _sum([task.get(key) for task in tasks]) for key in ("num_examples", "seconds")},
+        **{f"num_{key}": sum(len(task[key]) for task in tasks) for key in ("new_labels", "known_labels")},
+        **{key: _mean([task.get(key) for task in tasks]) for key in means},
+    }
+
+
 def _describe(task: TaskData, latest: Mapping[str, Any]) -> dict[str, Any]:
     record, entry = task.record, task.entry
     cost = _mapping(record.get("cost"))
@@ -111,6 +131,11 @@ def _total(seconds: object) -> float | None:
     """Wall seconds, given as a number or as parts with their `total`."""
     value = seconds.get("total") if isinstance(seconds, Mapping) else seconds
     return float(value) if isinstance(value, int | float) else None
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) if present else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -47,3 +48,38 @@ def test_i_lora_step_prints_a_ratio(shared):
     model = str(shared / "models" / "stories260K")
     found = printed("i_lora_step.py", model, "--rows", "2", "--tokens", "8", "--pairs", "3")
     assert set(found) == {"ratio", "replay_seconds", "i_lora_seconds"} and min(found.values()) > 0
+
+
+@pytest.fixture
+def none_of_these_page(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("none_of_these_page")
+
+
+def test_the_page_on_none_of_these_is_what_its_benchmark_makes_of_its_results(none_of_these_page):
+    results, text = none_of_these_page.read(), none_of_these_page.PAGE.read_text(encoding="utf-8")
+    assert text.count("<!-- figures: ") == 4 and none_of_these_page.filled(text, results) == text
+    if "choice" in results:
+        assert none_of_these_page.chosen(results) == "height", "what everlora.rejection computes"
+
+
+def test_the_tables_on_none_of_these_are_means_over_seeds(none_of_these_page):
+    sure = {"1": {"height": {"auroc": 0.9, "caught": 0.5}, "margin": {"auroc": 0.8, "caught": 0.7}}}
+    seeds = {
+        seed: {
+            "after_each_task": [share, 0.05],
+            "refused": {"0.05": share},
+            "caught": {kind: {"0.05": 0.5} for kind in ("intents", "domains", "news")},
+            "auroc": dict.fromkeys(("intents", "domains", "news"), 0.75),
+            "accuracy": 0.9,
+            "accuracy_answered": 0.95,
+            "right_and_answered": 0.88,
+        }
+        for seed, share in (("1", 0.04), ("2", 0.08))
+    }
+    results = {"choice": {"probe, ncm": sure}, "rows": {"probe, ncm": seeds}}
+    assert none_of_these_page.chosen(results) == "height"
+    assert "| `height` | 0.900 | 0.900 | 50.0 |\n| `margin` |" in none_of_these_page.choice_table(results)
+    assert "| probe, ncm | 6.0 ± 2.8 | 4.0 to 8.0 | 90.0 ± 0.0 |" in none_of_these_page.refused_table(results)
+    assert "| 50.0 ± 0.0 | 0.750 |" in none_of_these_page.caught_table(results)
+    assert none_of_these_page.filled("<!-- figures: caught -->\n1\n<!-- end -->", {}).count("Not measured yet") == 1

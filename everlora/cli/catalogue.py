@@ -62,9 +62,12 @@ def _print_methods(entries: tuple[MethodEntry, ...], *, as_json: bool) -> None:
 
 
 def _marked(name: str) -> str:
-    from everlora.methods.catalogue import DEFAULT
+    from everlora.methods.catalogue import RECOMMENDED
 
-    return f"{name} (default)" if name == DEFAULT else name
+    if name != RECOMMENDED["method"]:
+        return name
+    further = ", ".join(f"{key}={value}" for key, value in RECOMMENDED.items() if key != "method")
+    return f"{name} (default, with {further})"
 
 
 def _print_options(entry: MethodEntry, groups: dict[str, tuple[MethodOption, ...]], *, as_json: bool) -> None:

@@ -91,17 +91,27 @@ def init(
     switches = {"pooling": pooling, "dtype": dtype, "keep_validation": keep_validation, "keep_states": keep_states}
     options = parse_settings(settings, model=model, method=method, seed=seed, **switches)
     columns = columns_from(column, text=text_column, image=image_column, label=label_column, task=task_column)
+    from everlora.methods.catalogue import RECOMMENDED
     from everlora.status import read_status
 
+    usual = {key: value for key, value in RECOMMENDED.items() if key not in options}
+    is_chosen = method is not None or scenario == "language"
     with StageProgress():
         from everlora.learner import Learner
 
+        options |= {} if is_chosen else usual
         Learner.create(folder, scenario=scenario, columns=columns, **options)
     report = read_status(folder)
     if as_json:
         output.emit_json(report)
         return
     output.line(f"Made a learner in {folder}: {report['method']}, {report['scenario']}, model {report['model']}.")
+    if not is_chosen:
+        named = " with " + ", ".join(f"{key}={value}" for key, value in usual.items() if key != "method")
+        output.line(
+            f"No --method was given: {usual['method']}{named if len(usual) > 1 else ''}, the best on average of what "
+            "was measured over five streams; 'everlora methods' lists the others."
+        )
     output.line(f"Teach it with: everlora learn {folder} DATA")
     if not keep_validation:
         output.line(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,13 @@ from everlora.cli.progress import StageProgress
 __all__ = ["export", "rollback", "status"]
 
 
-def status(folder: Folder, *, as_json: AsJson = False, debug: Debug = False) -> None:
+def status(
+    folder: Folder,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Show every task, however many there are.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Show what a learner has learnt, and what became of its older tasks."""
     from everlora.status import read_status
 
@@ -23,61 +29,107 @@ def status(folder: Folder, *, as_json: AsJson = False, debug: Debug = False) -> 
     if as_json:
         output.emit_json(report)
     else:
-        _print_status(folder, report)
+        _print_status(folder, report, every=every)
 
 
-def _print_status(folder: Path, report: Mapping[str, Any]) -> None:
+def _print_status(folder: Path, report: Mapping[str, Any], *, every: bool) -> None:
     tasks, labels = report["tasks"], report["labels"]
+    is_language = report["scenario"] == "language"
     output.line(f"{folder}: {report['method']}, {report['scenario']}, model {report['model']}")
     for entry in report["forgotten"]:
         reason = f" ({entry['reason']})" if entry["reason"] else ""
         output.line(f"Forgotten on request, {entry['when']}: {output.kinds(entry['left'])}{reason}")
-    if report["scenario"] == "language":
-        _print_language(tasks)
-        return
-    output.line(
-        f"{output.count(len(tasks), 'task')}, {output.count(len(labels), 'label')}: {output.listing(labels) or '-'}"
-    )
+    said = output.count(len(tasks), "task")
+    if not is_language:
+        said = f"{said}, {output.count(len(labels), 'label')}: "
+        said += _fitting(labels, output.width() - len(said), most=12) or "-"
+    output.line(said)
     if not tasks:
         return
-    output.table((*_COLUMNS, *_CLASS_COLUMNS), [(*_common_cells(task), *_class_cells(task)) for task in tasks])
-    if report["accuracy_now"] is None:
+    _print_tasks(tasks, every=every, is_language=is_language)
+    if all(task["accuracy_now"] is None and task["cross_entropy_now"] is None for task in tasks):
         output.line(_NOTHING_KEPT)
-    else:
+    elif not is_language:
         output.line(f"Mean accuracy now: {output.percent(report['accuracy_now'])} % on the rows kept back.")
 
 
-def _print_language(tasks: Sequence[Mapping[str, Any]]) -> None:
-    output.line(f"{output.count(len(tasks), 'task')}")
-    if not tasks:
-        return
-    headings = (*_COLUMNS, "nats a token when learnt", "now")
-    keys = ("cross_entropy_when_learned", "cross_entropy_now")
-    figures = [[None if task.get(key) is None else f"{task[key]:.4f}" for key in keys] for task in tasks]
-    rows = [(*_common_cells(task), *map(_or_dash, cells)) for task, cells in zip(tasks, figures, strict=True)]
-    output.table(headings, rows)
-    if all(task.get(keys[1]) is None for task in tasks):
-        output.line(_NOTHING_KEPT)
+def _print_tasks(tasks: Sequence[Mapping[str, Any]], *, every: bool, is_language: bool) -> None:
+    """One line for each task; of a long stream the first and the last ones, and one line for those between."""
+    from everlora.status import together
+
+    columns = _language_columns() if is_language else _class_columns(output.width())
+    is_cut = not every and len(tasks) > _FIRST_SHOWN + _LAST_SHOWN + 1
+    shown = [*tasks[:_FIRST_SHOWN], together(tasks[_FIRST_SHOWN:-_LAST_SHOWN]), *tasks[-_LAST_SHOWN:]]
+    shown = shown if is_cut else list(tasks)
+    numbers = f"{_FIRST_SHOWN + 1}-{len(tasks) - _LAST_SHOWN}"
+    rows = [(*_which(task, numbers), *(cell(task) for cell in columns.values())) for task in shown]
+    output.table(("task", "name", *columns), rows)
+    if is_cut:
+        whole = together(tasks)
+        cost = f"{_or_dash(whole['num_examples'])} rows, {output.duration(whole['seconds'])}"
+        output.line(f"All {len(tasks)} tasks: {cost}. {numbers} are one line; --all shows each.")
 
 
 _NOTHING_KEPT = "No rows were kept back to follow the tasks; 'init --keep-validation N' keeps some."
-_COLUMNS = ("task", "name", "rows", "time")
-_CLASS_COLUMNS = ("new labels", "known labels", "when learnt %", "now %", "change")
+_FIRST_SHOWN, _LAST_SHOWN = 3, 10
+# from these widths of a line on there is room for names of known labels, of so many characters, and for all columns
+_WIDE, _WIDER, _SHORT, _LONG = 110, 140, 24, 48
+_Cell = Callable[[Mapping[str, Any]], str]
+_COSTS: dict[str, _Cell] = {
+    "rows": lambda task: _or_dash(task["num_examples"]),
+    "time": lambda task: output.duration(task["seconds"]),
+}
 
 
-def _common_cells(task: Mapping[str, Any]) -> tuple[str, ...]:
-    rows = _or_dash(task["num_examples"])
-    return str(task["index"] + 1), task["name"], rows, output.duration(task.get("seconds"))
+def _which(task: Mapping[str, Any], between: str) -> tuple[str, str]:
+    return (str(task["index"] + 1), task["name"]) if "index" in task else (between, "between")
 
 
-def _class_cells(task: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        str(len(task["new_labels"])),
-        output.listing(task["known_labels"], most=4) or "-",
-        output.percent(task.get("accuracy_when_learned")),
-        output.percent(task.get("accuracy_now")),
-        output.signed_percent(task.get("change")),
-    )
+def _class_columns(width: int) -> dict[str, _Cell]:
+    """What is said of a task of classes, by heading; in a narrow terminal only what stays on one line."""
+    now: dict[str, _Cell] = {
+        "now %": lambda task: output.percent(task["accuracy_now"]),
+        "change": lambda task: output.signed_percent(task["change"]),
+    }
+    new, known = (lambda task: str(_number(task, "new_labels"))), (lambda task: str(_number(task, "known_labels")))
+    if width < _WIDE:
+        return {**_COSTS, "new": new, "known": known, **now}
+    return {
+        **_COSTS,
+        "new labels": new,
+        "known labels": lambda task: _known(task, _LONG if width >= _WIDER else _SHORT),
+        "when learnt %": lambda task: output.percent(task["accuracy_when_learned"]),
+        **now,
+    }
+
+
+def _language_columns() -> dict[str, _Cell]:
+    return {
+        **_COSTS,
+        "nats a token when learnt": lambda task: _nats(task["cross_entropy_when_learned"]),
+        "now": lambda task: _nats(task["cross_entropy_now"]),
+    }
+
+
+def _number(task: Mapping[str, Any], key: str) -> int:
+    """How many labels; of several tasks, the sum."""
+    return int(task[f"num_{key}"]) if f"num_{key}" in task else len(task[key])
+
+
+def _known(task: Mapping[str, Any], room: int) -> str:
+    number = _number(task, "known_labels")
+    named = _fitting(task.get("known_labels", ()), room, most=4)
+    return named if 0 < len(named) <= room else str(number) if number else "-"
+
+
+def _fitting(names: Sequence[str], room: int, *, most: int) -> str:
+    """As many names as fit, at least one."""
+    texts = (output.listing(names, most=count) for count in range(most, 0, -1))
+    return next((text for text in texts if len(text) <= room), output.listing(names, most=1))
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _or_dash(value: object) -> str:

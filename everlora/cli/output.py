@@ -8,7 +8,10 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "count",
@@ -22,6 +25,7 @@ __all__ = [
     "plain",
     "signed_percent",
     "table",
+    "width",
 ]
 
 _WIDTH_WITHOUT_TERMINAL = 160
@@ -73,12 +77,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
     if not is_first():
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(markup=False, emoji=False, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    console = _console()
     cells = [tuple(row) for row in rows]
     drawn = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for index, heading in enumerate(columns):
@@ -87,6 +88,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str |
     for row in cells:
         drawn.add_row(*row)
     console.print(drawn)
+
+
+def width() -> int:
+    """How many characters fit in a line of standard output."""
+    return _console().width
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(markup=False, emoji=False, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    return console
 
 
 def _looks_numeric(cell: str) -> bool:

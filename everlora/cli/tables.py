@@ -138,22 +138,26 @@ def titles(table: InputTable, given: Examples | Sequence[str]) -> list[str]:
     return [str(_cell(row[table.names[0]])) for row in table.rows]
 
 
-def write_table(path: Path, table: InputTable, answers: Sequence[Ranked]) -> list[str]:
+def write_table(
+    path: Path, table: InputTable, answers: Sequence[Ranked], chosen: Sequence[str | None] | None = None
+) -> list[str]:
     """Write the rows with their labels and scores added, all at once: a reader never sees half a file.
 
     Args:
         path: the file; its suffix decides the format. An older one is replaced.
         table: the rows.
         answers: for each row its labels with scores, best first, at least one; or the text that was written.
+        chosen: the label that each row gets, None for *none of these*; the best one by default.
 
     Returns:
         The names of the added columns: `label` and `score`, then `label_2`, `score_2` and so on, or `answer`; with
-        `predicted_` before them where the file has one of these names already.
+        `chosen`, `best_label`, too, the label whose score it is; with `predicted_` before them where the file has one
+        of these names already.
 
     Raises:
         DataError: the rows cannot be written in this format.
     """
-    columns = _added_columns(table.names, answers)
+    columns = _added_columns(table.names, answers, chosen)
     writers: dict[str, Callable[[Any], None]] = {
         ".parquet": lambda file: _write_parquet(file, table, columns),
         ".jsonl": lambda file: _write_json_lines(file, table, columns),
@@ -165,7 +169,9 @@ def write_table(path: Path, table: InputTable, answers: Sequence[Ranked]) -> lis
     return list(columns)
 
 
-def _added_columns(taken: Sequence[str], answers: Sequence[Ranked]) -> dict[str, list[Any]]:
+def _added_columns(
+    taken: Sequence[str], answers: Sequence[Ranked], chosen: Sequence[str | None] | None
+) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
     texts = [answer for answer in answers if isinstance(answer, str)]
     labels = [() if isinstance(answer, str) else answer for answer in answers]
@@ -176,6 +182,8 @@ def _added_columns(taken: Sequence[str], answers: Sequence[Ranked]) -> dict[str,
         pairs = [ranked[rank] if rank < len(ranked) else (None, None) for ranked in labels]
         columns[f"label{ending}"] = [label for label, _ in pairs]
         columns[f"score{ending}"] = [score for _, score in pairs]
+        if chosen is not None and not rank:
+            columns |= {"label": list(chosen), "best_label": columns["label"]}
     # The file's own labels may be the truth that somebody compares with: they are never overwritten.
     prefix = ""
     while any(prefix + name in taken for name in columns):
@@ -221,7 +229,8 @@ def _write_parquet(file: IO[bytes], table: InputTable, columns: dict[str, list[A
     except pa.ArrowException as error:
         raise DataError(f"the rows do not fit a Parquet file ({error}); write .jsonl instead.") from error
     for name, values in columns.items():
-        arrow = arrow.append_column(name, pa.array(values))
+        kind = pa.string() if all(value is None for value in values) else None  # a refusal in every row
+        arrow = arrow.append_column(name, pa.array(values, kind))
     pyarrow.parquet.write_table(arrow, file)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "predict"]
 
-Answer = list[tuple[str, float]] | str
+Ranked = list[tuple[str, float]] | str
 """Labels with their scores, best first, or a text."""
 
 
@@ -54,6 +54,15 @@ def predict(
     model: BaseModel = None,
     task: Annotated[str | None, typer.Option("--task", help="Name of the task the inputs belong to, if known.")] = None,
     top: Annotated[int, typer.Option("--top", metavar="K", min=1, help="How many labels to give for each input.")] = 1,
+    none_of_these: Annotated[
+        float | None,
+        typer.Option(
+            "--none-of-these",
+            metavar="SHARE",
+            help="Let the answer be none of the labels: below the confidence that this share of the learner's own "
+            "validation rows stays below, such as 0.05.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -73,31 +82,33 @@ def predict(
         learner = Learner.open(folder, model=model)
         named = columns_from(column, text=text_column, image=image_column)
         given: Any = inputs if input_file is None else tables.read_inputs(input_file, learner, named)
-        answers = learner.predict(given, task=task, variant=variant)
+        answers = learner.predict(given, task=task, variant=variant, none_of_these=none_of_these)
     best = [_best(answer, top) for answer in answers]
     if table is not None and output_file is not None:
         if not output.is_first():
             return
-        added = tables.write_table(output_file, table, best)
+        chosen = None if none_of_these is None else [answer.label for answer in answers]
+        added = tables.write_table(output_file, table, best, chosen)
         _report_file(output_file, len(best), added, as_json=as_json)
         return
     titles = inputs if table is None else tables.titles(table, given)
     if as_json:
-        output.emit_json([_as_mapping(title, ranked) for title, ranked in zip(titles or (), best, strict=True)])
+        rows = zip(titles or (), answers, best, strict=True)
+        output.emit_json([_as_mapping(title, answer.label, ranked) for title, answer, ranked in rows])
     else:
-        _print_answers(titles or [], best)
+        _print_answers(titles or [], best, [answer.label is None for answer in answers])
 
 
-def _best(answer: Prediction, top: int) -> Answer:
+def _best(answer: Prediction, top: int) -> Ranked:
     return list(answer.scores.items())[:top] if answer.text is None else answer.text
 
 
-def _as_mapping(text: str, ranked: Answer) -> dict[str, Any]:
+def _as_mapping(text: str, label: str | None, ranked: Ranked) -> dict[str, Any]:
     if isinstance(ranked, str):
         return {"input": text, "text": ranked}
     return {
         "input": text,
-        "label": ranked[0][0],
+        "label": label,
         "score": ranked[0][1],
         "top": [{"label": label, "score": score} for label, score in ranked],
     }
@@ -110,17 +121,23 @@ def _report_file(path: Path, num_rows: int, names: list[str], *, as_json: bool) 
         output.line(f"Wrote {num_rows} rows to {path}, with the columns {' and '.join(names)} added.")
 
 
-def _print_answers(texts: list[str], best: list[Answer]) -> None:
+def _print_answers(texts: list[str], best: list[Ranked], refused: list[bool]) -> None:
     if any(isinstance(answer, str) for answer in best):
         output.table(("input", "answer"), [(text, str(answer)) for text, answer in zip(texts, best, strict=True)])
         return
     rows = [
-        (text if rank == 0 else "", label, f"{score:.4f}")
-        for text, ranked in zip(texts, best, strict=True)
+        (text if place == 0 else "", *cells)
+        for text, ranked, none in zip(texts, best, refused, strict=True)
         if not isinstance(ranked, str)
-        for rank, (label, score) in enumerate(ranked)
+        for place, cells in enumerate(_cells(ranked, none))
     ]
     output.table(("input", "label", "score"), rows)
+
+
+def _cells(ranked: list[tuple[str, float]], is_refused: bool) -> list[tuple[str, str]]:
+    """Labels with scores; those of a refused input stand below the refusal, and only where several were asked for."""
+    labels = [(label, f"{score:.4f}") for label, score in ranked]
+    return [("none of these", "-"), *(labels if len(labels) > 1 else [])] if is_refused else labels
 
 
 def evaluate(

@@ -113,7 +113,8 @@ class TaskHeads(nn.Module):
 
     def task_rows(self, index: int) -> dict[str, Tensor]:
         """`weight` and `bias` of one head, detached copies on the CPU."""
-        head = self.linears[index]
+        head = self.heads[index]  # not out of a list of all: this is asked for each
+        assert isinstance(head, nn.Linear)
         return {"weight": head.weight.detach().cpu().clone(), "bias": head.bias.detach().cpu().clone()}
 
     def num_classes(self) -> int:

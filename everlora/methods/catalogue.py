@@ -10,9 +10,14 @@ from typing import Any
 
 from everlora.errors import OptionError, nearest
 
-__all__ = ["DEFAULT", "MethodEntry", "list_methods", "method_entry"]
+__all__ = ["DEFAULT", "RECOMMENDED", "MethodEntry", "list_methods", "method_entry"]
 
 DEFAULT = "inflora"
+"""What a learner is made with in Python where no method is named."""
+
+RECOMMENDED: dict[str, Any] = {"method": "probe", "head": "lda"}
+"""What `everlora init` takes where no method is named, for classifiers: the best of what was measured over five streams
+that can be exported; see `docs/which-head.md`, to whose figures a test holds this."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
 from everlora.backbones import Backbone
 from everlora.errors import UnsupportedError
 from everlora.export import ExportReport
 from everlora.methods import MethodSpec
 from everlora.methods.base import Method
+from everlora.rejection import Rejection
 from everlora.results import Counts, Evaluation, LanguageEvaluation, LanguageScore, Prediction
 from everlora.streams import Examples
 from everlora.training import TaskData, TaskTrainer
@@ -99,8 +102,14 @@ class Scenario(ABC, Generic[Score, Result]):
         """Measure on rows of any tasks; `names` are those of the learned ones."""
 
     @abstractmethod
-    def predict(self, trainer: TaskTrainer, inputs: Examples, task: int | None) -> list[Prediction]:
-        """Answer inputs."""
+    def predict(
+        self, trainer: TaskTrainer, inputs: Examples, task: int | None, rejection: Rejection | None = None
+    ) -> list[Prediction]:
+        """Answer inputs; some with *none of these*, by a rule."""
+
+    @abstractmethod
+    def scores_of_known(self, trainer: TaskTrainer, kept: Mapping[int, Examples], task: int | None) -> list[Tensor]:
+        """Scores `(n, classes)` of the rows that each task kept (OptionError where there are no classes)."""
 
     @staticmethod
     @abstractmethod

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from everlora.errors import DataError
 from everlora.evaluation import Evaluator
 from everlora.export import ExportHead, ExportReport, export_merged, export_peft
 from everlora.methods.base import Method
+from everlora.rejection import Rejection
 from everlora.results import Counts, Evaluation, Prediction
 from everlora.scenarios.base import Scenario
 from everlora.streams import Columns, Examples, hold_out, load_examples
@@ -84,9 +88,20 @@ class ClassScenario(Scenario[Counts, Evaluation]):
         """Accuracy on labelled rows, split by the task that taught each label first."""
         return Evaluator(trainer, self.classes).evaluate(rows, names, self.labels)
 
-    def predict(self, trainer: TaskTrainer, inputs: Examples, task: int | None) -> list[Prediction]:
+    def predict(
+        self, trainer: TaskTrainer, inputs: Examples, task: int | None, rejection: Rejection | None = None
+    ) -> list[Prediction]:
         """Classify rows."""
-        return Evaluator(trainer, self.classes).predict(inputs, task)
+        return Evaluator(trainer, self.classes).predict(inputs, task, rejection)
+
+    def scores_of_known(self, trainer: TaskTrainer, kept: Mapping[int, Examples], task: int | None) -> list[Tensor]:
+        """Scores of kept rows; with the task given, of those whose class is among its own."""
+        evaluator = Evaluator(trainer, self.classes)
+        if task is not None:
+            own = np.array(self.labels[task], dtype=object)
+            kept = {i: rows.select(np.isin(np.asarray(rows.labels), own)) for i, rows in kept.items()}
+        data = {rows.fingerprint: self.encode(rows) for rows in kept.values() if len(rows)}
+        return [evaluator.logits(part, key, task) for key, part in data.items()]
 
     @staticmethod
     def figure(score: Counts) -> float:

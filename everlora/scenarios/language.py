@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from everlora.backbones.causal_lm import CausalLMBackbone
 from everlora.errors import DataError, OptionError
 from everlora.export import ExportReport, export_language
 from everlora.language import LanguageEvaluator
 from everlora.methods.base import Method
+from everlora.rejection import Rejection
 from everlora.results import LanguageEvaluation, LanguageScore, Prediction
 from everlora.scenarios.base import Scenario
 from everlora.streams import Examples, check_dialogue_columns, hold_out_rows, load_dialogues
@@ -66,11 +69,17 @@ class LanguageScenario(Scenario[LanguageScore, LanguageEvaluation]):
             }
         )
 
-    def predict(self, trainer: TaskTrainer, inputs: Examples, task: int | None) -> list[Prediction]:
+    def predict(
+        self, trainer: TaskTrainer, inputs: Examples, task: int | None, rejection: Rejection | None = None
+    ) -> list[Prediction]:
         """Write an answer to each prompt, or choose among the labels that a row names."""
         if task is not None:
             raise OptionError("a language model has one network for all tasks; leave task out.")
         return self._evaluator(trainer).predict(inputs)
+
+    def scores_of_known(self, trainer: TaskTrainer, kept: Mapping[int, Examples], task: int | None) -> list[Tensor]:
+        """Refuse: an answer is written."""
+        raise OptionError("a language model writes its answers and has no classes to refuse; leave none_of_these out.")
 
     def generate(self, trainer: TaskTrainer, prompts: Sequence[Any], max_new_tokens: int | None) -> list[str]:
         """Go on from prompts, greedily."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,15 +22,12 @@ from everlora.errors import StoreError
 from everlora.store import layout
 from everlora.store.changes import refuse_occupied, sweep, take_lock, write_folder
 from everlora.store.commits import commit, commit_first, keep_former, set_aside, tidy
+from everlora.store.digest import HEADER_KEYS_WITHOUT_EFFECT, digest_of
 from everlora.store.files import dump_arrays, dump_json, load_arrays, read_bytes, writing
-from everlora.store.forgetting import FORGOTTEN, PENDING, Replacement, finish_forgetting, with_replacements
+from everlora.store.forgetting import Replacement, finish_forgetting, with_replacements
 from everlora.store.layout import Index, KeepStates, StateEntry, TaskData, TaskEntry
 
 __all__ = ["HEADER_KEYS_WITHOUT_EFFECT", "LearnerStore"]
-
-# Where the base lies may change without changing what the learner computes: its sha256, also in the header, decides.
-HEADER_KEYS_WITHOUT_EFFECT = frozenset({"base_model", "created", "versions", FORGOTTEN, PENDING})
-_LEARNER_OPTIONS_WITHOUT_EFFECT = frozenset({"checkpoint_every"})
 
 _NUM_NEWEST_STATES = 2  # the newest, and the one a reader that opened just before the last commit still needs
 
@@ -235,9 +231,7 @@ class LearnerStore:
             raise StoreError(f"{self.root} has {len(self.tasks)} tasks, and number {index} is not one of them")
         entry = self.tasks[index]
         manifest = layout.read_manifest(self.root, entry.folder, layout.TASK_FILE, entry.sha256)
-        record = manifest.get("record")
-        if not isinstance(record, dict):
-            raise StoreError(f"{self.root / entry.folder / layout.TASK_FILE} has no record; restore it from a backup")
+        record = layout.record_of(manifest, self.root / entry.folder / layout.TASK_FILE)
         return TaskData(self.root, entry, record, manifest["files"])
 
     def read_state(self, index: int = -1) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -346,21 +340,7 @@ class LearnerStore:
 
         Two learners with the same digest hold the same bits. Raises StoreError when a manifest was changed.
         """
-        tasks = []
-        for entry in self.tasks:
-            data = self.read_task(entry.index)
-            record = {key: value for key, value in data.record.items() if key not in layout.RECORD_KEYS_WITHOUT_EFFECT}
-            files = {name: listed["sha256"] for name, listed in data.manifest.items() if name != layout.LOG_FILE}
-            tasks.append({"index": entry.index, "name": entry.name, "record": record, "files": files})
-        header = {key: value for key, value in self.header.items() if key not in HEADER_KEYS_WITHOUT_EFFECT}
-        options = header.get("options")
-        if isinstance(options, dict) and isinstance(options.get("learner"), dict):
-            for name in _LEARNER_OPTIONS_WITHOUT_EFFECT:
-                options["learner"].pop(name, None)
-        # The manifest of the newest state holds its values and the checksum of its arrays, and no clock.
-        state = self._index.states[-1].sha256 if self._index.states else None
-        value = {"format_version": layout.FORMAT_VERSION, "header": header, "tasks": tasks, "state": state}
-        return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode("ascii")).hexdigest()
+        return digest_of(self.root, self._index)
 
     def verify(self) -> None:
         """Check every file of every task and kept state; raises StoreError at the first one missing or changed."""

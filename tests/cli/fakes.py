@@ -72,9 +72,17 @@ class FakeLearner:
             num_truncated=2,
         )
 
-    def predict(self, inputs: list[str], task: str | None, variant: str | None = None) -> list[Prediction]:
+    def predict(
+        self,
+        inputs: list[str],
+        task: str | None,
+        variant: str | None = None,
+        none_of_these: float | None = None,
+    ) -> list[Prediction]:
+        """With `none_of_these`, whatever is not a refund is refused."""
         self.calls.append(("predict", (list(inputs), task)))
-        return [Prediction("refund", 0.75, SCORES) for _ in inputs]
+        known = [none_of_these is None or "refund" in str(text) for text in inputs]
+        return [Prediction("refund" if is_known else None, 0.75, SCORES) for is_known in known]
 
     def evaluate(self, data: str | None, columns: dict[str, str] | None = None) -> Evaluation:
         self.calls.append(("evaluate", (data, columns)))

@@ -36,7 +36,8 @@ def test_a_text_learner_from_init_to_rollback(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # relative paths, as people type them
     save_tiny("bert", tmp_path / "base")
-    code, out, err = call("init", "intents", "--model", "base", "--keep-validation", 1, "--set", "rank=2")
+    options = ("--method", "inflora", "--keep-validation", 1, "--set", "rank=2")
+    code, out, err = call("init", "intents", "--model", "base", *options)
     assert (code, err) == (0, "") and "Made a learner in intents" in out
     assert call("init", "intents", "--model", "base")[0] == 2
 

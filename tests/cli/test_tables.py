@@ -51,6 +51,19 @@ def test_several_labels_a_row_even_where_fewer_compete(tmp_path: Path) -> None:
     assert (rows[1]["label_2"], rows[1]["score_2"]) == (None, None)
 
 
+def test_refused_rows_have_no_label_and_say_what_was_best(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "best_label": 1}\n{"text": "b", "best_label": 2}\n')
+    table = tables.read_table(tmp_path / "in.jsonl")
+    added = tables.write_table(tmp_path / "out.parquet", table, ANSWERS, [None, None])
+    names = ["label", "score", "best_label", "label_2", "score_2"]
+    assert added == [f"predicted_{name}" for name in names]
+    written = pq.read_table(tmp_path / "out.parquet")
+    assert written.column("predicted_label").to_pylist() == [None, None]
+    assert written.schema.field("predicted_label").type == pa.string(), "a column of texts, even if all are refused"
+    assert written.column("predicted_best_label").to_pylist() == ["refund", "parcel"]
+    assert written.column("predicted_label_2").to_pylist() == ["parcel", "refund"]
+
+
 def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     source = pa.table({"text": ["a", "b"], "size": pa.array([1, 2], pa.int8()), "tags": [["x"], []]})
     pq.write_table(source, tmp_path / "in.parquet")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from everlora.cli import learning, runs
-from everlora.methods import DEFAULT, list_methods
+from everlora.methods import list_methods
+from everlora.methods.catalogue import RECOMMENDED
 from tests.cli.fakes import FakeLearner
 
 
@@ -39,11 +40,18 @@ def test_init_hands_every_switch_on(
     assert report["method"] == "inflora"  # what the directory says, not what was typed
 
 
-def test_init_leaves_defaults_to_the_library(call: Any, learner: type[FakeLearner], intents: Path) -> None:
+def test_init_takes_what_is_recommended_unless_told(call: Any, learner: type[FakeLearner], intents: Path) -> None:
     code, out, err = call("init", intents)
-    [(_, (_, options))] = learner.calls
-    assert options == {"scenario": "class_incremental", "columns": None}
-    assert (code, err) == (0, "") and "model /models/[base]" in out
+    assert (code, err) == (0, "") and "model /models/[base]" in out and "No --method was given: probe with head=" in out
+    assert "No --method" not in call("init", intents, "--method", "ncm")[1]
+    call("init", intents, "--set", "head=ncm")
+    call("init", intents, "--scenario", "language")
+    made = [options for _, (_, options) in learner.calls]
+    usual = {"scenario": "class_incremental", "columns": None}
+    assert made[0] == usual | RECOMMENDED
+    assert made[1] == usual | {"method": "ncm"}
+    assert made[2] == usual | RECOMMENDED | {"head": "ncm"}
+    assert made[3] == {"scenario": "language", "columns": None}
 
 
 def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
@@ -118,6 +126,35 @@ def test_predict_a_file(call: Any, call_json: Any, learner: type[FakeLearner], i
     assert [row["input"] for row in call_json("predict", intents, "--input", source)] == ["where is it", "refund me"]
 
 
+def test_predict_none_of_these(
+    call: Any, call_json: Any, learner: type[FakeLearner], intents: Path, tmp_path: Path
+) -> None:
+    share = ("--none-of-these", "0.05")
+    _, out, _ = call("predict", "f", "refund me", "will it rain", *share)
+    lines = [line.split() for line in out.splitlines() if "me" in line or "rain" in line]
+    assert lines == [["refund", "me", "refund", "0.7500"], ["will", "it", "rain", "none", "of", "these", "-"]]
+    _, out, _ = call("predict", "f", "will it rain", *share, "--top", "2")
+    assert [line.split()[-2:] for line in out.splitlines() if line.strip()][-3:] == [
+        ["these", "-"],
+        ["refund", "0.7500"],
+        ["parcel", "0.2500"],
+    ]
+    known, unknown = call_json("predict", "f", "refund me", "will it rain", *share)
+    assert known["label"] == "refund"
+    assert unknown == {
+        "input": "will it rain",
+        "label": None,
+        "score": 0.75,
+        "top": [{"label": "refund", "score": 0.75}],
+    }
+    source = tmp_path / "in.csv"
+    source.write_text("utterance\nrefund me\nwill it rain\n")
+    written = call_json("predict", intents, "--input", source, "--output", tmp_path / "out.csv", *share)
+    assert written["columns"] == ["label", "score", "best_label"]
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [(row["label"], row["best_label"]) for row in rows] == [("refund", "refund"), ("", "refund")]
+
+
 def test_predict_names_a_missing_column(call: Any, learner: type[FakeLearner], intents: Path, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("id,utterances\n01,where\n")
     code, _, err = call("predict", intents, "--input", tmp_path / "in.csv")
@@ -184,7 +221,7 @@ def test_rollback(call: Any, call_json: Any, learner: type[FakeLearner], intents
 
 def test_methods(call: Any, call_json: Any) -> None:
     _, out, _ = call("methods")
-    assert all(entry.name in out for entry in list_methods()) and f"{DEFAULT} (default)" in out
+    assert all(entry.name in out for entry in list_methods()) and f"{RECOMMENDED['method']} (default, with head=" in out
     assert {entry["name"] for entry in call_json("methods")} >= {"inflora", "sequential", "joint", "probe", "ncm"}
     _, out, _ = call("methods", "InfLoRA-opt")
     assert "forward_mode" in out and "epochs" in out and "keep_validation" in out

@@ -16,7 +16,7 @@ NAMES = [info.name for info in list_recipes()]
 
 def test_the_promised_recipes_exist_and_say_where_they_ran():
     status = {info.name: info.status for info in list_recipes()}
-    here = {"digits", "clinc150-minilm", "cifar100-vit-small", "convlora-vs-senacnn"}
+    here = {"digits", "digits-domains", "clinc150-minilm", "cifar100-vit-small", "convlora-vs-senacnn"}
     here |= {"stories-domains", "agnews-clinc-instructions"}
     papers = {
         "inflora-cifar100-vit-b16",

@@ -1,0 +1,189 @@
+"""The tables of `docs/which-head.md`, from what `heads.py` measured.
+
+python benchmarks/heads_page.py            # writes the page
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from everlora.metrics import AccuracyMatrix
+
+_ROOT = Path(__file__).resolve().parents[1]
+RESULTS = _ROOT / "benchmarks" / "results" / "heads.json"
+PAGE = _ROOT / "docs" / "which-head.md"
+
+STREAMS = ("digits", "digits-domains", "cifar100", "clinc150", "clinc150-domains")
+HEADS = ("linear", "cosine", "ncm", "lda", "lda_drift", "ridge", "ridge_drift", "ridge_random_features")
+REFERENCES = (("probe", "linear"), ("inflora", "linear"), ("sd_lora", "linear"))
+"""Rows and heads that a recommendation must beat on every stream."""
+
+JOINT_OF = {"clinc150-domains": "clinc150"}
+"""Streams of the same rows in another order, which all at once has none of."""
+
+Results = dict[str, Any]
+Figures = dict[tuple[str, str], dict[str, list[float]]]
+"""By row and head: `last` and `avg` in percent, one value a seed; no `avg` for what learns all at once."""
+
+
+def filled(text: str, results: Results) -> str:
+    """The page with what stands between its marks `<!-- figures: NAME -->` and `<!-- end -->` made anew."""
+    blocks: dict[str, Callable[[Results], str]] = {"chosen": chosen_table, "ideas": ideas_table, "run": sentence}
+    blocks |= {name: functools.partial(stream_table, stream=name) for name in STREAMS}
+    pattern = r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda found: f"{found[1]}{blocks[found[2]](results)}\n{found[3]}", text, flags=re.DOTALL)
+
+
+def figures(results: Results, stream: str, *, validation: bool = False) -> Figures:
+    """What was measured on a stream with the recipe's own options."""
+    found: Figures = {}
+    for run in results["runs"]:
+        if run["stream"] != stream or run["validation"] != validation or run["options"]:
+            continue
+        for head, correct in run["correct"].items():
+            add(found.setdefault((run["row"], head), {}), correct, run["sizes"])
+    return found
+
+
+def add(values: dict[str, list[float]], correct: list[list[int]], sizes: list[int]) -> None:
+    """Append the figures of one seed."""
+    if len(correct) == 1:  # all tasks learned at once
+        values.setdefault("last", []).append(100 * mean(c / n for c, n in zip(correct[0], sizes, strict=True)))
+        return
+    padded = np.array([[*row, *[np.nan] * (len(sizes) - len(row))] for row in correct])
+    summary = AccuracyMatrix.from_counts(padded, sizes).summary()
+    for name in ("last", "avg"):
+        values.setdefault(name, []).append(100 * float(summary[name] or 0))
+
+
+def stream_table(results: Results, *, stream: str) -> str:
+    """Rows by heads: last and average accuracy."""
+    found = figures(results, stream)
+    heads = [head for head in HEADS if any(key[1] == head for key in found)]
+    rows = list(dict.fromkeys(row for row, _ in found))
+    rows.sort(key=_order)
+    lines = [[f"`{row}`", *(_cell(found.get((row, head))) for head in heads)] for row in rows]
+    return _table(["method", *(f"`{head}`" for head in heads)], lines)
+
+
+def chosen(results: Results) -> tuple[str, str]:
+    """Row and head of the largest mean last accuracy over the streams.
+
+    Of those measured on all with three seeds, and that can be exported.
+    """
+    found = [figures(results, stream) for stream in STREAMS]
+    common = set.intersection(*(set(of) for of in found))
+    complete = [
+        key
+        for key in common
+        if key[1] != "ridge_random_features" and all(len(of[key].get("avg", ())) >= 3 for of in found)
+    ]
+    return max(complete, key=lambda key: mean(mean(of[key]["last"]) for of in found))
+
+
+def chosen_table(results: Results) -> str:
+    """On each stream: the best, the recommendation, what it has to beat, and the distance to joint training."""
+    choice = chosen(results)
+    head = ["stream", "best measured", f"`{choice[0]}`, `{choice[1]}`"]
+    head += [f"`{row}`, published head" for row, _ in REFERENCES] + ["ahead of all three", "joint", "gap"]
+    lines = []
+    for stream in STREAMS:
+        found = figures(results, stream)
+        inner = {key: values for key, values in found.items() if "avg" in values}
+        best = max(inner, key=lambda key: mean(inner[key]["last"]))
+        ours = found[choice]
+        joint = figures(results, JOINT_OF.get(stream, stream)).get(("joint", "linear"), {})
+        gap = f"{mean(joint['last']) - mean(ours['last']):+.1f}" if joint else "not measured"
+        others = [found.get(key) for key in REFERENCES]
+        cells = [f"`{best[0]}`, `{best[1]}`: {_cell(inner[best])}", _cell(ours), *(_cell(other) for other in others)]
+        lines.append([stream, *cells, _ahead(ours, others), _cell(joint or None), gap])
+    return _table(head, lines)
+
+
+def _ahead(ours: dict[str, list[float]], others: Iterable[dict[str, list[float]] | None]) -> str:
+    """Whether means of last and average are above those of all others by more than the larger deviation."""
+    if any(other is None for other in others):
+        return "not measured"
+    apart = [
+        mean(ours[name]) - mean(other[name]) > max(_deviation(ours[name]), _deviation(other[name]))
+        for other in others
+        if other is not None
+        for name in ("last", "avg")
+    ]
+    return "yes, in both" if all(apart) else "no"
+
+
+def ideas_table(results: Results) -> str:
+    """What was tried on validation rows: last accuracy by stream, for the heads of statistics."""
+    runs = [run for run in results["runs"] if run["validation"]]
+    streams = [name for name in STREAMS if any(run["stream"] == name for run in runs)]
+    tried: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
+    for run in runs:
+        key = (run["row"], ", ".join(run["options"]))
+        for head, correct in run["correct"].items():
+            values = tried.setdefault(key, {}).setdefault(run["stream"], {}).setdefault(head, [])
+            values.append(100 * mean(c / n for c, n in zip(correct[-1], run["sizes"], strict=True)))
+    lines = []
+    for (row, options), by_stream in sorted(tried.items(), key=lambda item: (_order(item[0][0]), item[0][1])):
+        cells = []
+        for stream in streams:
+            by_head = by_stream.get(stream, {})
+            cells.append(" / ".join(f"{mean(by_head[h]):.1f}" if h in by_head else "-" for h in _IDEA_HEADS))
+        lines.append([f"`{row}`", options or "", *cells])
+    return _table(["row", "options", *streams], lines)
+
+
+_IDEA_HEADS = ("linear", "lda", "lda_drift", "ridge", "ridge_random_features")
+
+
+def sentence(results: Results) -> str:
+    """When and on what it was measured."""
+    dates = sorted({run["date"] for run in results["runs"]})
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"`{results['command']}`, {span}, {results['device']}; {versions}; {results['head_features']} random features; "
+        f"{len(results['runs'])} trainings."
+    )
+
+
+def _order(row: str) -> tuple[int, str]:
+    names = ("probe", "inflora", "inflora_first", "sd_lora", "sd_lora_first", "sequential")
+    return (names.index(row) if row in names else len(names) + (row == "joint"), row)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _cell(values: dict[str, list[float]] | None) -> str:
+    if not values:
+        return "-"
+    parts = [f"{mean(of):.1f}" + (f" ± {stdev(of):.1f}" if len(of) > 1 else "") for of in values.values()]
+    seeds = len(values["last"])
+    return " / ".join(parts) + ("" if seeds >= 3 else f" ({seeds} seed{'s' * (seeds > 1)})")
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*rows, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def main() -> None:
+    """Write the page anew, or say that it is not what it would be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

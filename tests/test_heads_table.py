@@ -1,0 +1,62 @@
+"""The table of methods and heads: its page is what its figures give, and its figures are those of real learners."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everlora import Learner
+from everlora.streams import Stream, Task
+from tests.toy import tiny_model, toy_learner, toy_tasks
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    return importlib.import_module
+
+
+def test_the_page_is_what_the_figures_give(benchmark: Any) -> None:
+    page = benchmark("heads_page")
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, json.loads(page.RESULTS.read_text())) == text, "run python benchmarks/heads_page.py"
+
+
+def test_what_init_takes_is_what_the_figures_say(benchmark: Any) -> None:
+    from everlora.methods.catalogue import RECOMMENDED
+
+    page = benchmark("heads_page")
+    row, head = page.chosen(json.loads(page.RESULTS.read_text()))
+    method, further = benchmark("heads").ROWS[row]
+    assert {"method": method, **further, "head": head} == RECOMMENDED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["ncm", "lda", "ridge", "ridge_drift"])
+def test_one_training_gives_what_a_learner_of_that_head_gives(head: str, benchmark: Any, tmp_path: Path) -> None:
+    heads = benchmark("heads")
+    model = tiny_model("bert", tmp_path / "bert")
+    rows = toy_tasks("text", 3)
+    tasks = tuple(Task(i, f"t{i}", one.classes, one, one) for i, one in enumerate(rows))
+    stream = Stream("toy", "class_incremental", tasks, tuple(c for one in rows for c in one.classes), ())
+    job = heads.Job("toy", "inflora", "linear", 0)
+    shared = toy_learner(tmp_path / "shared", model, "inflora", device="cpu")
+    found = heads._learn_and_judge(shared, stream, job)[head]
+    drift = "linear" if head.endswith("_drift") else "none"
+    own = toy_learner(
+        tmp_path / "own", model, "inflora", device="cpu", head=head.removesuffix("_drift"), head_drift=drift
+    )
+    assert found == [_right(own, task, stream) for task in tasks]
+
+
+def _right(learner: Learner, task: Task, stream: Stream) -> list[int]:
+    learner.learn(task.train, name=task.name)
+    counts = learner.evaluate_tasks([(one.index, one.test) for one in stream.tasks[: task.index + 1] if one.test])
+    return [one.correct for one in counts]
