@@ -53,6 +53,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "probe": ("probe", {}),
     "inflora_first": ("inflora", {"head": "ridge", "adapt_tasks": 1}),
     "sd_lora_first": ("sd_lora", {"head": "ridge", "adapt_tasks": 1}),
+    "sequential_first": ("sequential", {"head": "ridge", "adapt_tasks": 1}),
     "inflora": ("inflora", {}),
     "sd_lora": ("sd_lora", {}),
     "sequential": ("sequential", {}),

@@ -42,9 +42,9 @@ def filled(text: str, results: dict[str, Any]) -> str:
 
 
 def chosen(results: dict[str, Any]) -> str:
-    """The confidence with the largest mean AUROC over rows of the table and seeds."""
+    """The confidence that catches most unknown rows, in the mean over rows of the table and seeds."""
     figures = _choice(results)
-    return max(figures, key=lambda name: mean(mean(row) for row in figures[name]["auroc"].values()))
+    return max(figures, key=lambda name: mean(mean(row) for row in figures[name]["caught"].values()))
 
 
 def _choice(results: dict[str, Any]) -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -61,15 +61,15 @@ def _choice(results: dict[str, Any]) -> dict[str, dict[str, dict[str, list[float
 
 
 def choice_table(results: dict[str, Any]) -> str:
-    """Candidates by mean AUROC, and that of each row."""
+    """Candidates by the share of unknown rows that they catch, and the AUROC of each row."""
     figures, rows = _choice(results), list(results["choice"])
-    order = sorted(figures, key=lambda name: -mean(mean(row) for row in figures[name]["auroc"].values()))
-    head = ["confidence", "all", *rows, "caught %"]
+    order = sorted(figures, key=lambda name: -mean(mean(row) for row in figures[name]["caught"].values()))
+    head = ["confidence", "caught %", "AUROC", *rows]
     lines = []
     for name in order:
         by_row = [mean(figures[name]["auroc"][row]) for row in rows]
         caught = mean(mean(row) for row in figures[name]["caught"].values())
-        lines.append([f"`{name}`", *(f"{value:.3f}" for value in (mean(by_row), *by_row)), f"{100 * caught:.1f}"])
+        lines.append([f"`{name}`", f"{100 * caught:.1f}", *(f"{value:.3f}" for value in (mean(by_row), *by_row))])
     return _table(head, lines)
 
 
@@ -105,7 +105,7 @@ def sentence(results: dict[str, Any]) -> str:
     seeds = ", ".join(next(iter(results["rows"].values())))
     return (
         f"`{results['command']}`, {results['date']}, {results['device']} ({results['processor']}), {versions}, seeds "
-        f"{seeds}. The confidence with the largest mean AUROC is `{chosen(results)}`."
+        f"{seeds}. The confidence that catches most of the pseudo-unknown rows is `{chosen(results)}`."
     )
 
 

@@ -64,7 +64,7 @@ def test_the_page_on_none_of_these_is_what_its_benchmark_makes_of_its_results(no
 
 
 def test_the_tables_on_none_of_these_are_means_over_seeds(none_of_these_page):
-    sure = {"1": {"height": {"auroc": 0.9, "caught": 0.5}, "margin": {"auroc": 0.8, "caught": 0.7}}}
+    sure = {"1": {"height": {"auroc": 0.8, "caught": 0.7}, "margin": {"auroc": 0.9, "caught": 0.5}}}
     seeds = {
         seed: {
             "after_each_task": [share, 0.05],
@@ -79,7 +79,7 @@ def test_the_tables_on_none_of_these_are_means_over_seeds(none_of_these_page):
     }
     results = {"choice": {"probe, ncm": sure}, "rows": {"probe, ncm": seeds}}
     assert none_of_these_page.chosen(results) == "height"
-    assert "| `height` | 0.900 | 0.900 | 50.0 |\n| `margin` |" in none_of_these_page.choice_table(results)
+    assert "| `height` | 70.0 | 0.800 | 0.800 |\n| `margin` |" in none_of_these_page.choice_table(results)
     assert "| probe, ncm | 6.0 ± 2.8 | 4.0 to 8.0 | 90.0 ± 0.0 |" in none_of_these_page.refused_table(results)
     assert "| 50.0 ± 0.0 | 0.750 |" in none_of_these_page.caught_table(results)
     assert none_of_these_page.filled("<!-- figures: caught -->\n1\n<!-- end -->", {}).count("Not measured yet") == 1
