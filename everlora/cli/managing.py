@@ -35,7 +35,9 @@ def status(
 def _print_status(folder: Path, report: Mapping[str, Any], *, every: bool) -> None:
     tasks, labels = report["tasks"], report["labels"]
     is_language = report["scenario"] == "language"
-    output.line(f"{folder}: {report['method']}, {report['scenario']}, model {report['model']}")
+    head = report["options"].get("head", {}).get("head", "linear")  # older learners have no such part
+    named = report["method"] + ("" if head == "linear" else f" with head={head}")
+    output.line(f"{folder}: {named}, {report['scenario']}, model {report['model']}")
     for entry in report["forgotten"]:
         reason = f" ({entry['reason']})" if entry["reason"] else ""
         output.line(f"Forgotten on request, {entry['when']}: {output.kinds(entry['left'])}{reason}")
