@@ -38,6 +38,7 @@ Figures = dict[tuple[str, str], dict[str, list[float]]]
 def filled(text: str, results: Results) -> str:
     """The page with what stands between its marks `<!-- figures: NAME -->` and `<!-- end -->` made anew."""
     blocks: dict[str, Callable[[Results], str]] = {"chosen": chosen_table, "ideas": ideas_table, "run": sentence}
+    blocks["full"] = lambda _: full_table()
     blocks |= {name: functools.partial(stream_table, stream=name) for name in STREAMS}
     pattern = r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)"
     return re.sub(pattern, lambda found: f"{found[1]}{blocks[found[2]](results)}\n{found[3]}", text, flags=re.DOTALL)
@@ -143,6 +144,29 @@ def ideas_table(results: Results) -> str:
 
 
 _IDEA_HEADS = ("linear", "lda", "lda_drift", "ridge", "ridge_random_features")
+
+
+FULL = (
+    ("clinc150-minilm-ridge_random_features", "probe", "frozen encoder, `ridge_random_features`"),
+    ("clinc150-minilm-lda", "probe", "frozen encoder, `lda`"),
+    ("clinc150-minilm-standard", "ncm", "frozen encoder, nearest class mean"),
+    ("clinc150-minilm-standard", "probe", "frozen encoder, trained heads"),
+    ("clinc150-minilm-standard", "inflora", "InfLoRA, its published heads"),
+    ("clinc150-minilm-standard", "joint", "joint training"),
+)
+"""File of record, row, and what to call it."""
+
+
+def full_table() -> str:
+    """Runs of CLINC150 at full size, and their distance to joint training."""
+    found = []
+    for file, row, label in FULL:
+        seeds = json.loads((RESULTS.parent / f"{file}.json").read_text())["rows"][row]["seeds"].values()
+        named = {name: [100 * one[name] for one in seeds if one.get(name) is not None] for name in ("last", "avg")}
+        found.append((label, {name: values for name, values in named.items() if values}))
+    joint = mean(found[-1][1]["last"])
+    lines = [[label, _cell(values), f"{joint - mean(values['last']):.1f}"] for label, values in found]
+    return _table(["row", "last / average", "gap to joint"], lines)
 
 
 def sentence(results: Results) -> str:
