@@ -12,13 +12,14 @@ from pydantic import BeforeValidator, Field
 from everlora.backbones import Backbone
 from everlora.errors import OptionError, nearest
 from everlora.heads import HeadOptions
-from everlora.methods import MethodSpec, method_spec
+from everlora.methods import DEFAULT, MethodSpec, method_spec
 from everlora.methods.base import Method
+from everlora.methods.catalogue import RECOMMENDED
 from everlora.methods.headed import with_head
 from everlora.methods.registry import parse_options
 from everlora.training import Interval, TrainingOptions
 
-__all__ = ["LearnerOptions", "ModelOptions", "Settings"]
+__all__ = ["LearnerOptions", "ModelOptions", "Settings", "usual_choice"]
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,22 @@ class Settings:
             training=parse_options(TrainingOptions, values, "training"),
             learner=parse_options(LearnerOptions, kept, "the learner"),
         )
+
+
+def usual_choice(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a classifier is made with where no method is named: options beside those that were given.
+
+    Args:
+        options: what was given, flat. Options of adapters or of training mean a method that has use for them, so the
+            default of `Learner.create`; without any, what `everlora.methods.catalogue.RECOMMENDED` says.
+
+    Returns:
+        `method`, and perhaps more.
+    """
+    trained = {*method_spec(DEFAULT).option_names, *_names(TrainingOptions)} - {"seed"}
+    if trained & set(options):
+        return {"method": DEFAULT}
+    return {key: value for key, value in RECOMMENDED.items() if key not in options}
 
 
 def _names(options_type: type) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -91,32 +92,33 @@ def init(
     switches = {"pooling": pooling, "dtype": dtype, "keep_validation": keep_validation, "keep_states": keep_states}
     options = parse_settings(settings, model=model, method=method, seed=seed, **switches)
     columns = columns_from(column, text=text_column, image=image_column, label=label_column, task=task_column)
-    from everlora.methods.catalogue import RECOMMENDED
     from everlora.status import read_status
 
-    usual = {key: value for key, value in RECOMMENDED.items() if key not in options}
-    is_chosen = method is not None or scenario == "language"
     with StageProgress():
         from everlora.learner import Learner
+        from everlora.settings import usual_choice
 
-        options |= {} if is_chosen else usual
-        Learner.create(folder, scenario=scenario, columns=columns, **options)
+        usual = {} if method is not None or scenario == "language" else usual_choice(options)
+        Learner.create(folder, scenario=scenario, columns=columns, **options, **usual)
     report = read_status(folder)
     if as_json:
         output.emit_json(report)
         return
     output.line(f"Made a learner in {folder}: {report['method']}, {report['scenario']}, model {report['model']}.")
-    if not is_chosen:
-        named = " with " + ", ".join(f"{key}={value}" for key, value in usual.items() if key != "method")
-        output.line(
-            f"No --method was given: {usual['method']}{named if len(usual) > 1 else ''}, the best on average of what "
-            "was measured over five streams; 'everlora methods' lists the others."
-        )
+    if usual:
+        _say_what_was_chosen(usual)
     output.line(f"Teach it with: everlora learn {folder} DATA")
     if not keep_validation:
         output.line(
             "'everlora status' can follow old tasks only on rows kept back: --keep-validation N, here at 'init'."
         )
+
+
+def _say_what_was_chosen(usual: Mapping[str, Any]) -> None:
+    further = ", ".join(f"{key}={value}" for key, value in usual.items() if key != "method")
+    why = "the best on average of what was measured over five streams" if further else "which has the options given"
+    named = f"{usual['method']} with {further}" if further else usual["method"]
+    output.line(f"No --method was given: {named}, {why}; 'everlora methods' lists the others.")
 
 
 def learn(

@@ -52,6 +52,9 @@ def test_init_takes_what_is_recommended_unless_told(call: Any, learner: type[Fak
     assert made[1] == usual | {"method": "ncm"}
     assert made[2] == usual | RECOMMENDED | {"head": "ncm"}
     assert made[3] == {"scenario": "language", "columns": None}
+    out = call("init", intents, "--set", "rank=2")[1]
+    assert "inflora, which has the options given" in out
+    assert learner.calls[-1][1][1] == usual | {"method": "inflora", "rank": 2}
 
 
 def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
@@ -178,7 +181,10 @@ def test_eval(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
     assert learner.calls[-1] == ("evaluate", ("test.csv", None))
 
 
-def test_status_shows_what_became_of_each_task(call: Any, call_json: Any, intents: Path) -> None:
+def test_status_shows_what_became_of_each_task(
+    call: Any, call_json: Any, intents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     code, out, err = call("status", intents)
     assert (code, err) == (0, "")
     lines = out.splitlines()
