@@ -31,6 +31,7 @@ from processor import processor
 from torch import Tensor
 
 from everlora import Learner
+from everlora.cli.parameters import parse_settings
 from everlora.experiments.data import build_stream, read_splits
 from everlora.experiments.plan import make_plan, row_options
 from everlora.experiments.recipe import Recipe, load_recipe, recipe_text, stream_of
@@ -167,7 +168,7 @@ def measure(job: Job, streams: Streams) -> dict[str, Any]:
     """Train one row on one stream; return right answers by head, and what was measured how."""
     recipe, stream = streams(job)
     row, extra = ROWS[job.row]
-    given = dict(option.split("=", 1) for option in job.options)
+    given = parse_settings(job.options)
     plan = make_plan(
         recipe_text(recipe.name), file=recipe.name, setting=STREAMS[job.stream][1], methods=[row], seeds=[job.seed]
     )

@@ -43,8 +43,8 @@ def test_a_shell_is_offered_methods_without_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("everlora run digi", {"digits"}),
-        ("everlora recipes digi", {"digits"}),
+        ("everlora run digi", {"digits", "digits-domains"}),
+        ("everlora recipes digi", {"digits", "digits-domains"}),
         ("everlora methods packn", {"packnet"}),
         ("everlora run digits --methods inflora,seq", {"inflora,sequential"}),
         ("everlora export a b --format p", {"peft"}),
