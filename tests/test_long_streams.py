@@ -52,6 +52,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once_and_told_on_a_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = place / "results.json"
     long_streams.run(["toy"], ["ncm"], 4, file, place=place)

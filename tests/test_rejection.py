@@ -63,7 +63,10 @@ def test_the_confidence_by_hand() -> None:
     assert np.diff(confidence(two, spread(two))) > 0.1, "two classes still tell sure from unsure"
 
 
-@pytest.mark.parametrize("head", ["linear", "cosine", "ncm", "ridge", "ridge_random_features"])
+@pytest.mark.parametrize(
+    "head",
+    ["linear", "lda", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosine", "ncm", "ridge"))],
+)
 def test_the_threshold_is_the_quantile_of_the_kept_rows(head: str, bert: Path, tmp_path: Path) -> None:
     learner, kept = _of_tasks(tmp_path / "learner", bert, head=head, head_features=40)
     scores = np.concatenate([_scores(learner, rows, None) for rows in kept])

@@ -279,6 +279,7 @@ def _first_model(recipe: Recipe, setting: Setting) -> str:
     raise ModelError(f"No base model of recipe '{recipe.name}' is here: {'; '.join(reasons)}; give one with --model.")
 
 
+@functools.cache
 def _method_options() -> dict[str, set[str]]:
     return {entry.name: set(method_spec(entry.name).option_names) for entry in list_methods()}
 
