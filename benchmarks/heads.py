@@ -52,6 +52,7 @@ STATISTICAL = ("ncm", "lda", "ridge", "ridge_random_features")
 DRIFTING = ("lda_drift", "ridge_drift")
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "probe": ("probe", {}),
+    "probe_layers": ("probe", {"feature_layers": 3}),
     "inflora_first": ("inflora", {"head": "ridge", "adapt_tasks": 1}),
     "sd_lora_first": ("sd_lora", {"head": "ridge", "adapt_tasks": 1}),
     "sequential_first": ("sequential", {"head": "ridge", "adapt_tasks": 1}),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from everlora.backbones import Backbone
+from everlora.backbones import Backbone, feature_depth
 from everlora.errors import OptionError, nearest
 from everlora.heads import HeadOptions
 from everlora.methods import DEFAULT, MethodSpec, method_spec
@@ -32,6 +32,7 @@ class ModelOptions:
         dtype: of the weights.
         max_length: tokens a text is cut to; None takes what the model was made for.
         image_size: pixels an image is resized to; None takes what the model was made for.
+        feature_layers: how many of an encoder's last layers are pooled; their vectors stand side by side as features.
         quantization: weights of a language model in 4 or 8 bits.
         template: how a language model's instructions become a prompt: `auto`, `chat`, `plain` or a template's text.
         train_on_inputs: let a language model learn prompts, too, and not answers only.
@@ -43,6 +44,7 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Annotated[int, Field(ge=1)] | None = None
     image_size: Annotated[int, Field(ge=1)] | None = None
+    feature_layers: Annotated[int, Field(ge=1)] = 1
     quantization: Literal["none", "4bit", "8bit"] = "none"
     template: str = "auto"
     train_on_inputs: bool = False
@@ -186,15 +188,23 @@ def usual_choice(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         options: what was given, flat. Options of adapters or of training mean a method that has use for them, so the
-            default of `Learner.create`; without any, what `everlora.methods.catalogue.RECOMMENDED` says.
+            default of `Learner.create`; without any, what `everlora.methods.catalogue.RECOMMENDED` says, as far as
+            the model has so many layers to give.
 
     Returns:
         `method`, and perhaps more.
+
+    Raises:
+        ModelError: the model that is named cannot be read.
     """
     trained = {*method_spec(DEFAULT).option_names, *_names(TrainingOptions)} - {"seed"}
     if trained & set(options):
         return {"method": DEFAULT}
-    return {key: value for key, value in RECOMMENDED.items() if key not in options}
+    choice = {key: value for key, value in RECOMMENDED.items() if key not in options}
+    if "feature_layers" in choice:
+        depth = feature_depth(options.get("model", "packaged"), options.get("pooling", "auto"))
+        choice["feature_layers"] = min(choice["feature_layers"], depth)
+    return choice
 
 
 def _names(options_type: type) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from everlora.backbones.base import Backbone, Modality
 from everlora.backbones.causal_lm import fingerprint_of_inputs
 from everlora.backbones.fingerprint import cache_folder, model_fingerprint
 from everlora.backbones.inputs import Encoded, EncodedImages, EncodedTexts
-from everlora.backbones.load import load_backbone
+from everlora.backbones.load import feature_depth, load_backbone
 from everlora.backbones.source import resolve_source
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "EncodedTexts",
     "Modality",
     "cache_folder",
+    "feature_depth",
     "fingerprint_of_inputs",
     "load_backbone",
     "model_fingerprint",

@@ -38,6 +38,7 @@ class Backbone(nn.Module, ABC):
         architecture: short name such as `"vit"`, `"bert"`, `"cifar_resnet"`.
         feature_dim: width of the features.
         pooling: how token features become one vector, see `everlora.backbones.pooling`.
+        feature_layers: how many of the last layers are pooled, side by side.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Backbone(nn.Module, ABC):
         architecture: str,
         feature_dim: int,
         pooling: str,
+        feature_layers: int = 1,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
@@ -59,6 +61,7 @@ class Backbone(nn.Module, ABC):
         self.architecture = architecture
         self.feature_dim = feature_dim
         self.pooling = pooling
+        self.feature_layers = feature_layers
         # Counted now: later the network may hold adapters, which are not pretrained.
         self._num_parameters = self._count_parameters()
         self.eval()
@@ -71,9 +74,10 @@ class Backbone(nn.Module, ABC):
     @property
     def inputs_fingerprint(self) -> str:
         """Sha256 over what turns rows into features beside the network: tokenizer or image steps, and pooling."""
+        pooling = self.pooling if self.feature_layers == 1 else f"{self.pooling} of {self.feature_layers} layers"
         if isinstance(self.inputs, ImageInputs):
-            return fingerprint_of(repr(self.inputs.transform), self.pooling)
-        return fingerprint_of(str(self.inputs.max_length), tokenizer_text(self.inputs.tokenizer), self.pooling)
+            return fingerprint_of(repr(self.inputs.transform), pooling)
+        return fingerprint_of(str(self.inputs.max_length), tokenizer_text(self.inputs.tokenizer), pooling)
 
     @property
     def output_head(self) -> nn.Module | None:

@@ -28,6 +28,7 @@ from everlora.lowrank.fused import slice_names
 __all__ = [
     "HuggingFaceBackbone",
     "accepts",
+    "depth_of",
     "guarded_load",
     "hidden_size",
     "linear_names",
@@ -39,6 +40,7 @@ logger = logging.getLogger("everlora.backbones")
 
 _ROWS_IN_A_GROUP = 8
 _TEXT_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
+_STAGES = frozenset({"depths", "hidden_sizes"})
 _UNKNOWN = Architecture((), "mean", num_prefix=0)
 _DEFAULT_MAX_LENGTH = 512
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -54,7 +56,7 @@ class HuggingFaceBackbone(Backbone):
         inputs: encodes and collates its data.
         facts: the entry of the architecture's table.
         interpolate: ask the model to interpolate its position embeddings, for images of another size.
-        **names: `source`, `folder`, `architecture`, `pooling`, handed to `Backbone`.
+        **names: `source`, `folder`, `architecture`, `pooling`, `feature_layers`, handed to `Backbone`.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class HuggingFaceBackbone(Backbone):
         interpolate: bool = False,
         **names: Any,
     ) -> None:
-        width = pooled_width(names["pooling"], hidden_size(model))
+        width = pooled_width(names["pooling"], hidden_size(model), names.get("feature_layers", 1))
         super().__init__(model, inputs, feature_dim=width, **names)
         self.dtype = next(model.parameters()).dtype
         self.num_prefix = facts.num_prefix + _num_registers(model)
@@ -95,15 +97,19 @@ class HuggingFaceBackbone(Backbone):
         """Compute pooled features, `(n, feature_dim)` float32."""
         if self.modality == "image":
             extra = {"interpolate_pos_encoding": True} if self.interpolate else {}
-            outputs = self.model(pixel_values=batch["pixel_values"].to(self.dtype), **extra)
-            return pool(outputs, self.pooling, mask=None, num_prefix=self.num_prefix)
+            return self._pooled({"pixel_values": batch["pixel_values"].to(self.dtype), **extra}, mask=None)
         texts = {name: batch[name] for name in _TEXT_ARGUMENTS if name in batch}
         # Without gradients, batches come sorted by length and forward hooks want a batch whole. A training batch is
         # drawn at random, since rows of like length are too often rows of one class, so it is sorted here.
         return self._by_length(texts) if torch.is_grad_enabled() else self._text_features(texts)
 
     def _text_features(self, texts: dict[str, Tensor]) -> Tensor:
-        return pool(self.model(**texts), self.pooling, mask=texts["attention_mask"], num_prefix=0)
+        return self._pooled(texts, mask=texts["attention_mask"])
+
+    def _pooled(self, arguments: dict[str, Any], mask: Tensor | None) -> Tensor:
+        extra = {"output_hidden_states": True} if self.feature_layers > 1 else {}
+        outputs = self.model(**arguments, **extra)
+        return pool(outputs, self.pooling, mask=mask, num_prefix=self.num_prefix, layers=self.feature_layers)
 
     def _by_length(self, texts: dict[str, Tensor]) -> Tensor:
         """Compute the features of a few groups of rows of like length, each cut to its longest: less padding."""
@@ -125,6 +131,7 @@ def load_huggingface(
     dtype: torch.dtype,
     max_length: int | None,
     image_size: int | None,
+    feature_layers: int,
 ) -> HuggingFaceBackbone:
     """Load an encoder from a local folder; see `everlora.backbones.load_backbone`.
 
@@ -138,6 +145,7 @@ def load_huggingface(
         facts = ARCHITECTURES.get(architecture, _UNKNOWN)
         chosen = _choose_pooling(folder, facts) if pooling == "auto" else pooling
         model = _load_encoder(folder, config, facts, pooler=chosen == "pooler", dtype=dtype)
+    _check_feature_layers(feature_layers, model.config, chosen, source)
     inputs: ImageInputs | TextInputs
     interpolate = False
     if model.main_input_name == "pixel_values":
@@ -158,6 +166,7 @@ def load_huggingface(
         folder=folder,
         architecture=architecture,
         pooling=chosen,
+        feature_layers=feature_layers,
     )
 
 
@@ -240,6 +249,34 @@ def hidden_size(model: Any) -> int:
     if not isinstance(width, int):
         raise ModelError(f"expected hidden_size in the config of {type(model).__name__}, found none; use another model")
     return width
+
+
+def depth_of(folder: Path, pooling: str) -> int:
+    """How many of an encoder's layers can be pooled: 1 if they differ in width, or the pooling reads only the last.
+
+    Raises:
+        ModelError: the folder cannot be read.
+    """
+    with quiet_transformers():
+        config = guarded_load(folder, transformers.AutoConfig.from_pretrained, folder, local_files_only=True)
+        facts = ARCHITECTURES.get(str(config.model_type), _UNKNOWN)
+        return _depth(config, _choose_pooling(folder, facts) if pooling == "auto" else pooling)
+
+
+def _depth(config: Any, pooling: str) -> int:
+    depth = getattr(config, "num_hidden_layers", None)
+    # Networks of several stages list these, and are wider in each.
+    alike = isinstance(getattr(config, "hidden_size", None), int) and not _STAGES & set(vars(config))
+    return depth if alike and isinstance(depth, int) and pooling != "pooler" else 1
+
+
+def _check_feature_layers(count: int, config: Any, pooling: str, source: str) -> None:
+    most = _depth(config, pooling)
+    if count > most:
+        why = f"pooling {pooling!r} of its {most} layer{'s' * (most > 1)} gives no more"
+        raise OptionError(
+            f"expected feature_layers of at most {most} for {source}, found {count}: {why}; lower it or leave it out"
+        )
 
 
 def _num_registers(model: Any) -> int:

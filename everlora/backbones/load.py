@@ -9,13 +9,13 @@ import torch
 from everlora.backbones.base import Backbone
 from everlora.backbones.causal_lm import load_causal_lm
 from everlora.backbones.cifar_resnet import is_cifar_resnet, load_cifar_resnet
-from everlora.backbones.huggingface import load_huggingface
+from everlora.backbones.huggingface import depth_of, load_huggingface
 from everlora.backbones.images import check_image_size
 from everlora.backbones.pooling import POOLINGS
 from everlora.backbones.source import resolve_source
 from everlora.errors import OptionError, UnsupportedError, nearest
 
-__all__ = ["load_backbone"]
+__all__ = ["feature_depth", "load_backbone"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NORMALISATIONS = ("processor", "unit")
@@ -30,6 +30,7 @@ def load_backbone(
     dtype: str = "float32",
     max_length: int | None = None,
     image_size: int | None = None,
+    feature_layers: int = 1,
     trust_remote_code: bool = False,
     kind: str = "encoder",
     quantization: str = "none",
@@ -47,6 +48,7 @@ def load_backbone(
         max_length: texts only: longest row in tokens; by default what the model was trained with.
         image_size: images only: side in pixels; by default what the model was trained with. Position embeddings
             are interpolated where the model can.
+        feature_layers: encoders only: how many of the last layers to pool; their vectors stand side by side.
         trust_remote_code: must stay `False`: code that comes with weights is never run.
         kind: `"encoder"`, or `"causal_lm"` for a language model with its output layer; the next four are for these.
         quantization: `"none"`, `"4bit"` or `"8bit"` weights.
@@ -76,8 +78,10 @@ def load_backbone(
         raise OptionError(f"unknown kind {kind!r}; {nearest(kind, _KINDS)}")
     folder = resolve_source(source)
     if kind == "causal_lm":
-        if image_size is not None or pooling != "auto" or normalize != "processor":
-            raise OptionError("a language model takes no image_size, pooling or normalize; leave them out")
+        if (image_size, pooling, normalize, feature_layers) != (None, "auto", "processor", 1):
+            raise OptionError(
+                "a language model takes no image_size, pooling, feature_layers or normalize; leave them out"
+            )
         return load_causal_lm(
             folder,
             source=str(source),
@@ -95,9 +99,10 @@ def load_backbone(
         )
     normalise = normalize == "processor"
     if is_cifar_resnet(folder):
-        if (max_length, image_size) != (None, None) or pooling not in ("auto", "mean"):
+        if (max_length, image_size, feature_layers) != (None, None, 1) or pooling not in ("auto", "mean"):
             raise OptionError(
-                f"a CIFAR residual network takes no max_length, image_size or pooling; drop them for {source}"
+                f"a CIFAR residual network takes no max_length, image_size, pooling or feature_layers; drop them for "
+                f"{source}"
             )
         return load_cifar_resnet(folder, source=str(source), dtype=_DTYPES[dtype], normalise=normalise)
     return load_huggingface(
@@ -108,4 +113,18 @@ def load_backbone(
         dtype=_DTYPES[dtype],
         max_length=max_length,
         image_size=image_size,
+        feature_layers=feature_layers,
     )
+
+
+def feature_depth(source: str | Path, pooling: str = "auto") -> int:
+    """How many of an encoder's last layers `feature_layers` can take, from its config alone.
+
+    Returns:
+        1 where the layers differ in width, or the pooling reads only the last.
+
+    Raises:
+        ModelError: nothing is found under that name, or it cannot be read.
+    """
+    folder = resolve_source(source)
+    return 1 if is_cifar_resnet(folder) else depth_of(folder, pooling)

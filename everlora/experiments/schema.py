@@ -176,7 +176,7 @@ class Recipe(Part):
         data: where the examples come from.
         stream: how they become tasks.
         model: base models in order of preference; the first that can be found is used.
-        backbone: backbone options (pooling, normalize, max_length, image_size).
+        backbone: backbone options (pooling, normalize, max_length, image_size, feature_layers).
         training: training options for every row.
         methods: the rows that exist.
         default_methods: the rows that run when none are named, baselines included.

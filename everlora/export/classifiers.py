@@ -45,10 +45,10 @@ _CLASSIFIERS: dict[str, _Classifier] = {
 def classifier_for(backbone: HuggingFaceBackbone, head: ExportHead) -> str | None:
     """Name the class of transformers that computes the same logits, or `None` when there is none.
 
-    Half-precision bases have none: their own class would round the head as well.
+    Features of several layers have none; nor have half-precision bases, whose own class would round the head as well.
     """
     entry = _CLASSIFIERS.get(backbone.architecture)
-    fits = entry is not None and backbone.pooling in entry.slices and head.is_linear
+    fits = entry is not None and backbone.pooling in entry.slices and head.is_linear and backbone.feature_layers == 1
     if entry is None or not fits or backbone.interpolate or backbone.dtype != torch.float32:
         return None
     return entry.name

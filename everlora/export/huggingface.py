@@ -138,9 +138,12 @@ class HuggingFaceLayout(ClassifierLayout):
             arguments["pixel_values"] = arguments["pixel_values"].to(self.dtype)
         if self.encoder.interpolate:
             arguments["interpolate_pos_encoding"] = True
+        if self.encoder.feature_layers > 1:
+            arguments["output_hidden_states"] = True
         output = model(**arguments)
         if self.has_classifier:
             return output.logits  # type: ignore[no-any-return]
         mask = batch.get("attention_mask")
-        features = pool(output, self.encoder.pooling, mask=mask, num_prefix=self.encoder.num_prefix)
+        layers = self.encoder.feature_layers
+        features = pool(output, self.encoder.pooling, mask=mask, num_prefix=self.encoder.num_prefix, layers=layers)
         return self.head.logits(features)

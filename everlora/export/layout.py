@@ -177,7 +177,9 @@ class ClassifierLayout(Layout):
 
     def facts(self) -> list[tuple[str, Any]]:
         """Pooling and number of classes."""
-        return [("Pooling", self.backbone.pooling), ("Classes", len(self.head.classes))]
+        layers = self.backbone.feature_layers
+        pooling = self.backbone.pooling + (f", of the last {layers} layers" if layers > 1 else "")
+        return [("Pooling", pooling), ("Classes", len(self.head.classes))]
 
     def sections(self) -> list[str]:
         """The labels, as JSON strings, so that no label can break out of the block or span lines."""

@@ -105,6 +105,7 @@ class Snippet:
             lines += [
                 f'    batch = tokenizer(texts, padding=True, truncation=True, {length}, return_tensors="pt")',
             ]
+        call += ", output_hidden_states=True" if self.backbone.feature_layers > 1 else ""
         lines += ["    with torch.no_grad():", f"        output = model({call})"]
         if self.classifier:
             return "\n".join([*lines, "    return output.logits"])
@@ -114,6 +115,9 @@ class Snippet:
         pooling = self.backbone.pooling
         if pooling == "pooler":
             return ["    features = output.pooler_output.float().flatten(1)"]
+        layers = self.backbone.feature_layers
+        if layers > 1:
+            return self._pooling_of_layers(layers)
         lines = ["    hidden = output.last_hidden_state.float()"]
         if pooling in ("mean", "cls_mean") and self._is_image():
             lines += ["    if hidden.dim() == 4:  # a convolutional network", "        hidden = hidden.flatten(2).mT"]
@@ -127,6 +131,18 @@ class Snippet:
             "cls_mean": "torch.cat([hidden[:, 0], mean], dim=1)",
         }
         return [*lines, f"    features = {formula[pooling]}"]
+
+    def _pooling_of_layers(self, layers: int) -> list[str]:
+        lines = [f"    layers = [*output.hidden_states[-{layers}:-1], output.last_hidden_state]"]
+        lines += ["    hidden = torch.stack(layers, dim=1).float()  # row, layer, token, width"]
+        if self._is_image():
+            mean = f"hidden[:, :, {self.backbone.num_prefix} :].mean(dim=2)"
+        else:
+            lines += ['    mask = batch["attention_mask"][:, None, :, None]  # padding does not count']
+            mean = "(hidden * mask).sum(dim=2) / mask.sum(dim=2)"
+        first = "hidden[:, :, 0]"
+        pooled = {"cls": first, "mean": mean, "cls_mean": f"torch.cat([{first}, {mean}], dim=2)"}[self.backbone.pooling]
+        return [*lines, f"    features = ({pooled}).flatten(1)"]
 
     def _call(self) -> list[str]:
         if self._is_image():

@@ -15,7 +15,7 @@ __all__ = ["DEFAULT", "RECOMMENDED", "MethodEntry", "list_methods", "method_entr
 DEFAULT = "inflora"
 """What a learner is made with in Python where no method is named."""
 
-RECOMMENDED: dict[str, Any] = {"method": "probe", "head": "lda"}
+RECOMMENDED: dict[str, Any] = {"method": "probe", "head": "lda", "feature_layers": 3}
 """What `everlora init` takes where no method is named, for classifiers: the best of what was measured over five streams
 that can be exported; see `docs/which-head.md`, to whose figures a test holds this."""
 

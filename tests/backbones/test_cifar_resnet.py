@@ -98,7 +98,7 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
 def test_options_that_do_not_apply_are_refused(tmp_path: Path) -> None:
     save_random(tmp_path, 1)
     for options in ({"max_length": 3}, {"image_size": 64}, {"pooling": "cls"}):
-        with pytest.raises(OptionError, match="takes no max_length, image_size or pooling"):
+        with pytest.raises(OptionError, match="takes no max_length, image_size, pooling or feature_layers"):
             load_backbone(tmp_path, **options)
 
 

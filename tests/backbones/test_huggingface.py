@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from everlora.backbones import load_backbone
+from everlora.backbones import feature_depth, load_backbone
 from everlora.backbones.architectures import known_projections
 from everlora.backbones.base import Backbone
 from everlora.errors import ModelError, OptionError, TargetError, UnsupportedError
@@ -83,6 +83,23 @@ def test_pooling_matches_its_definition(tmp_path: Path) -> None:
         backbone = load_backbone(folder, pooling=pooling)
         assert backbone.feature_dim == features.shape[1]
         torch.testing.assert_close(run(backbone, [0, 1]), features, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_features_of_several_layers_stand_side_by_side(kind: str, tmp_path: Path) -> None:
+    folder = save_tiny(kind, tmp_path)
+    one, two = (load_backbone(folder, pooling="cls_mean", feature_layers=count) for count in (1, 2))
+    assert two.feature_dim == 2 * one.feature_dim
+    assert one.inputs_fingerprint != two.inputs_fingerprint
+    assert (feature_depth(folder), feature_depth(folder, "pooler")) == (2, 1)
+    features = run(two, [0, 1])
+    torch.testing.assert_close(features[:, one.feature_dim :], run(one, [0, 1]))
+    below = []
+    inner = two.model.encoder.layer if kind == "bert" else two.model.layers
+    hook = inner[-2].register_forward_hook(lambda _m, _i, out: below.append(out[0] if isinstance(out, tuple) else out))
+    run(two, [0])
+    hook.remove()
+    torch.testing.assert_close(features[:1, :16], below[0][:1, 0])
 
 
 def test_mean_pooling_of_registers_and_distillation_tokens_counts_patches_only(tmp_path: Path) -> None:
@@ -210,6 +227,9 @@ def test_an_unlisted_architecture_falls_back_to_known_layer_names(tmp_path: Path
 
 def test_bad_options_are_refused(tmp_path: Path) -> None:
     image, text = save_tiny("vit", tmp_path / "image"), save_tiny("bert", tmp_path / "text")
+    stages = transformers.SwinConfig(image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 1])
+    swin = tmp_path / "swin"
+    transformers.SwinModel(stages).save_pretrained(swin)
     for folder, options, message in (
         (image, {"pooling": "men"}, "unknown pooling 'men'; did you mean 'mean'"),
         (image, {"normalize": "imagenet"}, "unknown normalize"),
@@ -219,6 +239,9 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
         (text, {"image_size": 32}, "no image_size for the text model"),
         (text, {"max_length": 2}, "above 2, the special tokens"),
         (text, {"max_length": 25}, "at most 24, the positions of the model, found 25"),
+        (text, {"feature_layers": 3}, "feature_layers of at most 2 for .*, found 3: pooling .mean. of its 2 layers"),
+        (text, {"feature_layers": 2, "pooling": "pooler"}, "pooling 'pooler' of its 1 layer gives no more"),
+        (swin, {"feature_layers": 2}, "at most 1 for"),
     ):
         with pytest.raises(OptionError, match=message):
             load_backbone(folder, **options)

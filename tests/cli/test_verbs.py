@@ -13,6 +13,7 @@ from everlora.cli import learning, runs
 from everlora.methods import list_methods
 from everlora.methods.catalogue import RECOMMENDED
 from tests.cli.fakes import FakeLearner
+from tests.tiny_models import save_tiny
 
 
 def test_init_hands_every_switch_on(
@@ -55,6 +56,18 @@ def test_init_takes_what_is_recommended_unless_told(call: Any, learner: type[Fak
     out = call("init", intents, "--set", "rank=2")[1]
     assert "inflora, which has the options given" in out
     assert learner.calls[-1][1][1] == usual | {"method": "inflora", "rank": 2}
+
+
+def test_init_takes_no_more_layers_than_the_model_has(
+    call: Any, learner: type[FakeLearner], intents: Path, tmp_path: Path
+) -> None:
+    model = save_tiny("bert", tmp_path / "bert")
+    call("init", intents, "--model", str(model))
+    call("init", intents, "--model", str(model), "--set", "feature_layers=1")
+    call("init", intents, "--model", str(model), "--pooling", "pooler")
+    assert [options["feature_layers"] for _, (_, options) in learner.calls] == [2, 1, 1]
+    code, _, err = call("init", intents, "--model", str(tmp_path / "absent"))
+    assert code != 0 and "absent" in err and "Traceback" not in err
 
 
 def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:

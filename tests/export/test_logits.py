@@ -83,6 +83,20 @@ def test_merged_readme_gives_the_learners_logits(
     assert capsys.readouterr().out.strip()  # the example at its end says a class
 
 
+@pytest.mark.parametrize(("kind", "pooling"), [("vit", "cls"), ("dinov2", "cls_mean"), ("bert", "mean")])
+def test_readmes_of_several_layers_give_the_learners_logits(
+    kind: str, pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(save_tiny(kind, tmp_path / "base"), pooling=pooling, feature_layers=2)
+    layers, head = teach(backbone), make_head(backbone)
+    expected = learner_logits(backbone, head)
+    for name, export in (("merged", export_merged), ("peft", export_peft)):
+        report = export(backbone, layers, head, tmp_path / name, card=CARD)
+        assert (report.has_classifier, report.max_difference < 1e-5) == (False, True)
+        found = readme_logits(tmp_path / name, backbone, monkeypatch)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [kind for kind, _ in BESIDE] + ["dinov2"])
 def test_peft_readme_gives_the_learners_logits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(save_tiny(kind, tmp_path / "base"))
