@@ -14,6 +14,7 @@ training rows take the place of the tests, which are then not read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heads_ideas import IDEAS, AverageOfTasks, squared_loss
 from processor import processor
 from torch import Tensor
 
@@ -83,11 +85,13 @@ class Job:
     seed: int
     options: tuple[str, ...] = ()
     validation: bool = False
+    idea: str = ""
 
     @property
     def name(self) -> str:
         """A file name."""
-        parts = [self.stream, self.row, self.head, *self.options, *(["validation"] if self.validation else [])]
+        parts = [self.stream, self.row, self.head, *self.options, *([self.idea] if self.idea else [])]
+        parts += ["validation"] if self.validation else []
         return "--".join([*parts, str(self.seed)]).replace("=", "-")
 
 
@@ -182,7 +186,8 @@ def measure(job: Job, streams: Streams) -> dict[str, Any]:
         learner = Learner.create(
             Path(folder) / "learner", model=plan.model, method=method, scenario=stream.scenario, device="cpu", **options
         )
-        correct = _learn_and_judge(learner, stream, job)
+        with squared_loss() if job.idea == "squared_loss" else contextlib.nullcontext():
+            correct = _learn_and_judge(learner, stream, job)
     sizes = [len(task.test) for task in stream.tasks if task.test is not None]
     return {
         **dataclasses.asdict(job),
@@ -201,16 +206,23 @@ def _learn_and_judge(learner: Learner, stream: Stream, job: Job) -> dict[str, li
     heads = () if job.head == "cosine" else (*STATISTICAL, *(DRIFTING if moves else ()))
     judges = Judges(learner.backbone.feature_dim, job.seed, heads=heads)
     computed: dict[int, Tensor] = {}
+    average = AverageOfTasks(learner) if job.idea == "average" else None
 
     def once(rows: Examples) -> Tensor:
         """Features of rows, computed again only after the encoder may have changed."""
         if id(rows) not in computed:
-            computed[id(rows)] = features(learner, rows)
+            computed[id(rows)] = seen(rows)
         return computed[id(rows)]
 
+    def seen(rows: Examples) -> Tensor:
+        with average.in_place() if average else contextlib.nullcontext():
+            return features(learner, rows)
+
     for index, (name, rows, tests) in enumerate(_lessons(learner, stream)):
-        before = features(learner, rows) if index and moves and heads else None
+        before = seen(rows) if index and moves and heads else None
         learner.learn(rows, name=name)
+        if average:
+            average.add_task()
         if not learner.method.fixed_features and (adapted is None or index < adapted):
             computed.clear()
         seen = sorted({learner.classes.index(label) for label in rows.classes})
@@ -245,7 +257,7 @@ def jobs(arguments: argparse.Namespace) -> list[Job]:
             if head == "cosine" and "adapt_tasks" in ROWS[row][1]:
                 continue
             made += [
-                Job(stream, row, head, seed, tuple(arguments.set), arguments.validation)
+                Job(stream, row, head, seed, tuple(arguments.set), arguments.validation, arguments.idea)
                 for seed in arguments.seeds
                 for stream in streams
             ]
@@ -279,6 +291,7 @@ def main() -> None:
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1993, 1994, 1995]
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the learner")
+    parser.add_argument("--idea", choices=IDEAS, default="", help="try what is no option; see heads_ideas.py")
     parser.add_argument("--validation", action="store_true", help="judge on validation rows; tests are not read")
     parser.add_argument("--work", type=Path, default=Path("runs/heads"), help="one file for each finished training")
     parser.add_argument("--shard", default="0/1", help="I/N: only every N-th training, from the I-th on")

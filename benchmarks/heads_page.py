@@ -53,7 +53,7 @@ def figures(results: Results, stream: str, *, validation: bool = False) -> Figur
     """What was measured on a stream with the recipe's own options."""
     found: Figures = {}
     for run in results["runs"]:
-        if run["stream"] != stream or run["validation"] != validation or run["options"]:
+        if run["stream"] != stream or run["validation"] != validation or run["options"] or run.get("idea"):
             continue
         for head, correct in run["correct"].items():
             add(found.setdefault((run["row"], head), {}), correct, run["sizes"])
@@ -142,7 +142,9 @@ def ideas_table(results: Results) -> str:
     streams = [name for name in STREAMS if any(run["stream"] == name for run in runs)]
     tried: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
     for run in runs:
-        key = (run["row"], ", ".join(run["options"]))
+        named = {"squared_loss": "squared error as loss", "average": "factors averaged over tasks"}
+        idea = run.get("idea")
+        key = (run["row"], ", ".join([*run["options"], *([named[idea]] if idea else [])]))
         for head, correct in run["correct"].items():
             values = tried.setdefault(key, {}).setdefault(run["stream"], {}).setdefault(head, [])
             values.append(100 * mean(c / n for c, n in zip(correct[-1], run["sizes"], strict=True)))
@@ -194,7 +196,7 @@ def sentence(results: Results) -> str:
 
 
 def _order(row: str) -> tuple[int, str]:
-    names = ("probe", "inflora", "inflora_first", "sd_lora", "sd_lora_first", "sequential")
+    names = ("probe", "probe_layers", "inflora", "inflora_first", "sd_lora", "sd_lora_first", "sequential")
     return (names.index(row) if row in names else len(names) + (row == "joint"), row)
 
 

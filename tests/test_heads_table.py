@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from everlora import Learner
+from everlora.heads import TaskHeads
 from everlora.streams import Stream, Task
 from tests.toy import tiny_model, toy_learner, toy_tasks
 
@@ -60,3 +62,29 @@ def _right(learner: Learner, task: Task, stream: Stream) -> list[int]:
     learner.learn(task.train, name=task.name)
     counts = learner.evaluate_tasks([(one.index, one.test) for one in stream.tasks[: task.index + 1] if one.test])
     return [one.correct for one in counts]
+
+
+def test_features_by_the_average_of_tasks(benchmark: Any, tmp_path: Path) -> None:
+    heads, ideas = benchmark("heads"), benchmark("heads_ideas")
+    learner = toy_learner(tmp_path / "l", tiny_model("bert", tmp_path / "bert"), "sequential", device="cpu")
+    average, rows, factors = ideas.AverageOfTasks(learner), toy_tasks("text", 2), []
+    for index, one in enumerate(rows):
+        learner.learn(one, name=f"t{index}")
+        average.add_task()
+        factors.append({name: factor.detach().clone() for name, factor in average._factors()})
+    newest = heads.features(learner, rows[0])
+    with average.in_place():
+        assert not torch.allclose(heads.features(learner, rows[0]), newest, atol=1e-4)
+        for name, factor in average._factors():
+            torch.testing.assert_close(factor, (factors[0][name] + factors[1][name]) / 2)
+    assert torch.equal(heads.features(learner, rows[0]), newest)
+
+
+def test_squared_error_pulls_scores_towards_indicators(benchmark: Any) -> None:
+    heads = TaskHeads(3)
+    heads.add_task((0,))
+    heads.add_task((1, 2))
+    rows, labels = torch.tensor([[9.0, 1.0, 0.0], [9.0, 0.0, 3.0]]), torch.tensor([1, 2])
+    with benchmark("heads_ideas").squared_loss():
+        assert heads.rows_loss(rows, labels).item() == pytest.approx(2.0)
+    assert heads.rows_loss(rows, labels).item() != pytest.approx(2.0)

@@ -140,7 +140,9 @@ def test_broken_folders_and_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="expected max_length of at most 64, the positions of the model, found 65"):
         load_language_model(folder, max_length=65)
     for wrong in ({"pooling": "mean"}, {"image_size": 8}, {"normalize": "unit"}):
-        with pytest.raises(OptionError, match="a language model takes no image_size, pooling, feature_layers or normalize"):
+        with pytest.raises(
+            OptionError, match="a language model takes no image_size, pooling, feature_layers or normalize"
+        ):
             load_language_model(folder, **wrong)
     with pytest.raises(OptionError, match="for language models"):
         load_backbone(folder, quantization="4bit")
