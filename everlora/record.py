@@ -86,7 +86,7 @@ def write_task(
         kept: rows held back from the task.
         outcome: further plain values for the task's record.
     """
-    files = split_state(method.state(), result.index)
+    files = split_state(method.newest_state(), result.index)
     if kept is not None:
         files.arrays[KEPT_FILE] = pack_rows(kept)
     device = next(method.encoder.model.parameters()).device

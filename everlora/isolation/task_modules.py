@@ -33,6 +33,12 @@ class TaskModules(nn.Module):
         self._originals: dict[str, nn.Module] = {}
         self._versions = nn.ModuleList()
         self._paths: list[tuple[str, ...]] = []
+        # By path all modules and parameters seen so far, and by task those of its own that were seen before it: kept
+        # as tasks come, because looking through all earlier tasks would make each dearer than the last.
+        self._seen: dict[str, set[int]] = {}
+        self._own_paths: list[tuple[str, ...]] = []
+        self._shared: list[frozenset[int]] = []
+        self._counts: dict[int, int] = {}
         self._others_in_place = False
         self.active: int | None = None
 
@@ -50,8 +56,17 @@ class TaskModules(nn.Module):
         Returns:
             The number of the task.
         """
-        for path in modules:
-            self._originals.setdefault(path, self.original(path))
+        shared: set[int] = set()
+        own = []
+        for path, module in modules.items():
+            original = self._originals.setdefault(path, self.original(path))
+            seen = self._seen.setdefault(path, _ids(original))
+            if id(module) not in seen:
+                own.append(path)
+            shared |= _ids(module) & seen
+            seen |= _ids(module)
+        self._own_paths.append(tuple(own))
+        self._shared.append(frozenset(shared))
         self._paths.append(tuple(modules))
         self._versions.append(nn.ModuleList(modules.values()))
         return len(self._paths) - 1
@@ -72,11 +87,8 @@ class TaskModules(nn.Module):
 
     def own(self, task: int) -> dict[str, nn.Module]:
         """Those modules of a task that are neither original nor an earlier task's."""
-        return {
-            path: module
-            for path, module in self.version(task).items()
-            if all(module is not other for other in self._before(task, path))
-        }
+        version = self.version(task)
+        return {path: version[path] for path in self._own_paths[task]}
 
     def activate(self, task: int | None) -> None:
         """Put the modules of a task in place, or for None the original ones; a matter of pointers."""
@@ -97,18 +109,30 @@ class TaskModules(nn.Module):
     def tensors(self, task: int) -> Iterator[tuple[str, str, Tensor]]:
         """Yield `(path, name, tensor)` of all that a task's version shares with nothing before it."""
         for path, module in self.own(task).items():
-            shared = {t.data_ptr() for other in self._before(task, path) for t in other.state_dict().values()}
+            shared = self._shared[task]
+            below = tuple(
+                f"{name}." for name, part in module.named_modules(remove_duplicate=False) if id(part) in shared
+            )
+            tied = {name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in shared}
             for name, tensor in module.state_dict().items():
-                if tensor.numel() and tensor.data_ptr() not in shared:
+                if tensor.numel() and name not in tied and not name.startswith(below):
                     yield path, name, tensor
 
     def parameters_of(self, task: int) -> list[nn.Parameter]:
         """Parameters that a task's version shares with nothing before it, each once."""
         found: dict[int, nn.Parameter] = {}
-        for path, module in self.own(task).items():
-            shared = {id(p) for other in self._before(task, path) for p in other.parameters()}
-            found |= {id(p): p for p in module.parameters() if id(p) not in shared and p.numel()}
+        for module in self.own(task).values():
+            found |= {id(p): p for p in module.parameters() if id(p) not in self._shared[task] and p.numel()}
         return list(found.values())
+
+    def num_parameters(self, task: int) -> int:
+        """How many numbers those parameters are; counted once for a task that others followed."""
+        if task in self._counts:
+            return self._counts[task]
+        count = sum(parameter.numel() for parameter in self.parameters_of(task))
+        if task < len(self) - 1:
+            self._counts[task] = count
+        return count
 
     def load(self, task: int, tensors: Mapping[tuple[str, str], Tensor]) -> None:
         """Write saved tensors, `(path, name) -> tensor`, into a version that was built anew.
@@ -128,13 +152,11 @@ class TaskModules(nn.Module):
         for key, tensor in tensors.items():
             mine[key].detach().copy_(tensor)
 
-    def _before(self, task: int, path: str) -> Iterator[nn.Module]:
-        """The modules that stood at a path before a task: the original one, and those of earlier tasks."""
-        yield self._originals[path]
-        for earlier in range(task):
-            if path in self._paths[earlier]:
-                yield self._modules_of(earlier)[self._paths[earlier].index(path)]
-
     def _modules_of(self, task: int) -> list[nn.Module]:
         modules = self._versions[task]
         return list(modules) if isinstance(modules, nn.ModuleList) else []
+
+
+def _ids(module: nn.Module) -> set[int]:
+    """All modules and parameters within a module; they keep their identity on another device, which tensors do not."""
+    return {id(part) for part in (*module.modules(), *module.parameters())}

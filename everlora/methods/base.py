@@ -361,6 +361,13 @@ class Method(Resumable, ABC):
     def state(self) -> State:
         """Everything remembered between tasks."""
 
+    def newest_state(self) -> State:
+        """As much of `state` as is written after a task: its own entries and what is carried on.
+
+        Earlier tasks' entries may be in it. Leaving them out is for methods to which gathering them is dear.
+        """
+        return self.state()
+
     @abstractmethod
     def load_state(self, state: State) -> None:
         """Restore what `state` returned, on a newly made method."""

@@ -182,7 +182,7 @@ class IsolatedMethod(Method):
     def stored_parameters(self) -> int:
         """Count the encoder, what each task owns beside it, and all heads."""
         total = self.encoder.num_parameters + sum(p.numel() for p in self.heads.parameters())
-        total += sum(p.numel() for t in range(len(self.task_modules)) for p in self.task_modules.parameters_of(t))
+        total += sum(self.task_modules.num_parameters(task) for task in range(len(self.task_modules)))
         if self.replaces_base and len(self.task_modules):
             originals = [self.task_modules.original(path) for path in self.task_modules.own(0)]
             total -= sum({id(p): p.numel() for module in originals for p in module.parameters()}.values())
@@ -190,8 +190,15 @@ class IsolatedMethod(Method):
 
     def state(self) -> State:
         """Each task's modules and head, and what its recognition needs."""
+        return self._state_of(range(len(self.task_modules)))
+
+    def newest_state(self) -> State:
+        """The same without the networks of earlier tasks."""
+        return self._state_of(range(len(self.task_modules))[-1:])
+
+    def _state_of(self, tasks: range) -> State:
         state = heads_state(self.heads, None)
-        for index in range(len(self.task_modules)):
+        for index in tasks:
             for name, value in {**self._module_state(index), **self.task_values(index)}.items():
                 state[task_key(index, name)] = value
             for name, value in self.recogniser.state(index).items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from everlora import Learner
 from everlora.errors import DataError, OptionError
@@ -146,6 +146,34 @@ def test_a_task_is_the_same_whatever_came_before(
     assert first.keys() == second.keys() and len(first) > 5
     for key, value in first.items():
         assert torch.equal(value, second[key]) if isinstance(value, Tensor) else value == second[key], key
+
+
+@pytest.mark.parametrize(("name", "options"), [("independent", {"train": "all"}), ("convlora", {}), ("senacnn", {})])
+def test_what_is_written_after_a_task_costs_the_same_for_each(
+    name: str, options: dict[str, Any], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make("resnet", folders, name, options)
+    calls: list[object] = []
+    plain = nn.Module._save_to_state_dict
+
+    def counted(module: nn.Module, *given: Any) -> None:
+        calls.append(module)
+        plain(module, *given)
+
+    monkeypatch.setattr(nn.Module, "_save_to_state_dict", counted)
+    costs = []
+    for index in range(4):
+        bench.learn(index)
+        everything = bench.method.state()
+        calls.clear()
+        newest = bench.method.newest_state()
+        bench.method.stored_parameters()
+        costs.append(len(calls))
+        assert newest.keys() <= everything.keys()
+        left_out = [key for key in everything if key not in newest]
+        assert all(key.startswith("tasks/") and not key.startswith(f"tasks/{index:03d}/") for key in left_out)
+    assert costs[1] == costs[2] == costs[3] > 0
+    assert any(f"tasks/{2:03d}/" in key for key in left_out)
 
 
 @pytest.mark.parametrize(("name", "options"), METHODS)
