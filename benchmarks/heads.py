@@ -211,15 +211,15 @@ def _learn_and_judge(learner: Learner, stream: Stream, job: Job) -> dict[str, li
     def once(rows: Examples) -> Tensor:
         """Features of rows, computed again only after the encoder may have changed."""
         if id(rows) not in computed:
-            computed[id(rows)] = seen(rows)
+            computed[id(rows)] = current(rows)
         return computed[id(rows)]
 
-    def seen(rows: Examples) -> Tensor:
+    def current(rows: Examples) -> Tensor:
         with average.in_place() if average else contextlib.nullcontext():
             return features(learner, rows)
 
     for index, (name, rows, tests) in enumerate(_lessons(learner, stream)):
-        before = seen(rows) if index and moves and heads else None
+        before = current(rows) if index and moves and heads else None
         learner.learn(rows, name=name)
         if average:
             average.add_task()

@@ -162,6 +162,12 @@ _IDEA_HEADS = ("linear", "lda", "lda_drift", "ridge", "ridge_random_features")
 
 
 FULL = (
+    (
+        "clinc150-minilm-ridge_random_features-3-layers",
+        "probe",
+        "frozen encoder, three layers, `ridge_random_features`",
+    ),
+    ("clinc150-minilm-lda-3-layers", "probe", "frozen encoder, three layers, `lda`"),
     ("clinc150-minilm-ridge_random_features", "probe", "frozen encoder, `ridge_random_features`"),
     ("clinc150-minilm-lda", "probe", "frozen encoder, `lda`"),
     ("clinc150-minilm-standard", "ncm", "frozen encoder, nearest class mean"),
