@@ -35,6 +35,7 @@ _REASONS = {
     "sd_lora_kd": "As SD-LoRA, and a new direction is compared with all earlier ones.",
     "lwf": "The outputs of all old heads are distilled on every row, and a hundred tasks have a hundred heads.",
     "o_lora": "The orthogonality loss compares the new adapter with those of all earlier tasks.",
+    "inflora alignment": "Realigning the heads draws features of every class seen so far.",
     "replay": "Until the buffer is full, its draws come from fewer rows; it does not grow beyond its size.",
 }
 _UNKNOWN = "Nothing in the method explains it: {more:.0f} ms more, measured beside other work."
@@ -138,7 +139,7 @@ def _grown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _reason(row: Mapping[str, Any]) -> str:
     more = 1000 * (row["busy"][-1] - row["busy"][0])
-    return _REASONS.get(row["method"], _UNKNOWN.format(more=more))
+    return _REASONS.get(row["row"]) or _REASONS.get(row["method"]) or _UNKNOWN.format(more=more)
 
 
 def _status(rows: Sequence[Mapping[str, Any]]) -> str:

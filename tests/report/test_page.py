@@ -85,6 +85,16 @@ def test_heat_map_holds_the_mean_of_the_cells(results: dict[str, Any]) -> None:
     assert heat[1][2:] == ["", ""]
 
 
+def test_a_heat_map_of_many_tasks_has_small_cells_that_keep_their_numbers(make_results: Any) -> None:
+    page = Page(render_report(make_results(num_tasks=31, seeds=(1,))))
+    heat = page.tables["Falling"]
+    assert [len(row) for row in heat] == [32] * 32 and heat[31][1]
+    titles = [attributes["title"] for tag, attributes in page.tags if tag == "td" and "title" in attributes]
+    assert f"after 31, 1: {heat[31][1]}" in titles
+    kinds = [attributes.get("class") or "" for tag, attributes in page.tags if tag == "table"]
+    assert kinds.count("heat tiny many") == 2 and "heat tiny" in kinds  # matrices, and a panel of few layers
+
+
 def test_a_run_that_fills_only_the_last_row_shows_only_that_row(results: dict[str, Any]) -> None:
     page = Page(render_report(results))
     assert [row[0] for row in page.tables["Together"]] == ["task", "after 3"]
