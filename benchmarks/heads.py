@@ -56,6 +56,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "probe": ("probe", {}),
     "probe_layers": ("probe", {"feature_layers": 3}),
     "inflora_first": ("inflora", {"head": "ridge", "adapt_tasks": 1}),
+    "inflora_first_layers": ("inflora", {"head": "ridge", "adapt_tasks": 1, "feature_layers": 3}),
     "sd_lora_first": ("sd_lora", {"head": "ridge", "adapt_tasks": 1}),
     "sequential_first": ("sequential", {"head": "ridge", "adapt_tasks": 1}),
     "inflora": ("inflora", {}),

@@ -202,7 +202,16 @@ def sentence(results: Results) -> str:
 
 
 def _order(row: str) -> tuple[int, str]:
-    names = ("probe", "probe_layers", "inflora", "inflora_first", "sd_lora", "sd_lora_first", "sequential")
+    names = (
+        "probe",
+        "probe_layers",
+        "inflora",
+        "inflora_first",
+        "inflora_first_layers",
+        "sd_lora",
+        "sd_lora_first",
+        "sequential",
+    )
     return (names.index(row) if row in names else len(names) + (row == "joint"), row)
 
 

@@ -35,6 +35,7 @@ _REASONS = {
     "sd_lora_kd": "As SD-LoRA, and a new direction is compared with all earlier ones.",
     "lwf": "The outputs of all old heads are distilled on every row, and a hundred tasks have a hundred heads.",
     "o_lora": "The orthogonality loss compares the new adapter with those of all earlier tasks.",
+    "i_lora easycl": "Three tenths of the rows of every earlier task are rehearsed, as that preset has it.",
     "inflora alignment": "Realigning the heads draws features of every class seen so far.",
     "replay": "Until the buffer is full, its draws come from fewer rows; it does not grow beyond its size.",
 }
