@@ -27,6 +27,9 @@ HEADS = ("linear", "cosine", "ncm", "lda", "lda_drift", "ridge", "ridge_drift", 
 REFERENCES = (("probe", "linear"), ("inflora", "linear"), ("sd_lora", "linear"))
 """Rows and heads that a recommendation must beat on every stream."""
 
+FROZEN = ("probe", "probe_layers")
+TRAINED = ("linear", "cosine")
+
 JOINT_OF = {"clinc150-domains": "clinc150"}
 """Streams of the same rows in another order, which all at once has none of."""
 
@@ -65,10 +68,16 @@ def add(values: dict[str, list[float]], correct: list[list[int]], sizes: list[in
     if len(correct) == 1:  # all tasks learned at once
         values.setdefault("last", []).append(100 * mean(c / n for c, n in zip(correct[0], sizes, strict=True)))
         return
+    for name, value in zip(("last", "avg"), _summary(tuple(map(tuple, correct)), tuple(sizes)), strict=True):
+        values.setdefault(name, []).append(value)
+
+
+@functools.cache
+def _summary(correct: tuple[tuple[int, ...], ...], sizes: tuple[int, ...]) -> tuple[float, float]:
+    """Last and average accuracy in percent; every table asks for the same ones."""
     padded = np.array([[*row, *[np.nan] * (len(sizes) - len(row))] for row in correct])
     summary = AccuracyMatrix.from_counts(padded, sizes).summary()
-    for name in ("last", "avg"):
-        values.setdefault(name, []).append(100 * float(summary[name] or 0))
+    return 100 * float(summary["last"] or 0), 100 * float(summary["avg"] or 0)
 
 
 def stream_table(results: Results, *, stream: str) -> str:
@@ -82,9 +91,10 @@ def stream_table(results: Results, *, stream: str) -> str:
 
 
 def chosen(results: Results) -> tuple[str, str]:
-    """Row and head of the largest mean last accuracy over the streams.
+    """Row and head of the largest mean last accuracy over the streams, of those that can be exported.
 
-    Of those measured on all with three seeds, and that can be exported.
+    Of those measured on all with three seeds. What trains nothing is taken where what trains is not ahead by more than
+    noise: the mean over streams of the larger deviation of the two.
     """
     found = [figures(results, stream) for stream in STREAMS]
     common = set.intersection(*(set(of) for of in found))
@@ -93,7 +103,14 @@ def chosen(results: Results) -> tuple[str, str]:
         for key in common
         if key[1] != "ridge_random_features" and all(len(of[key].get("avg", ())) >= 3 for of in found)
     ]
-    return max(complete, key=lambda key: mean(mean(of[key]["last"]) for of in found))
+
+    def height(key: tuple[str, str]) -> float:
+        return mean(mean(of[key]["last"]) for of in found)
+
+    best = max(complete, key=height)
+    still = max((key for key in complete if key[0] in FROZEN and key[1] not in TRAINED), key=height)
+    noise = mean(max(_deviation(of[key]["last"]) for key in (best, still)) for of in found)
+    return best if height(best) - height(still) > noise else still
 
 
 def chosen_table(results: Results) -> str:
