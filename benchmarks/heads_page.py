@@ -46,7 +46,8 @@ def filled(text: str, results: Results) -> str:
         "ideas": ideas_table,
         "run": sentence,
     }
-    blocks["full"] = lambda _: full_table()
+    blocks["full"] = lambda _: full_table(FULL)
+    blocks["standard"] = lambda _: full_table(STANDARD)
     blocks |= {name: functools.partial(stream_table, stream=name) for name in STREAMS}
     pattern = r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)"
     return re.sub(pattern, lambda found: f"{found[1]}{blocks[found[2]](results)}\n{found[3]}", text, flags=re.DOTALL)
@@ -195,10 +196,20 @@ FULL = (
 """File of record, row, and what to call it."""
 
 
-def full_table() -> str:
-    """Runs of CLINC150 at full size, and their distance to joint training."""
+STANDARD = (
+    ("cifar100-vit-small-lda-3-layers", "probe", "frozen network, three layers, `lda`"),
+    ("cifar100-vit-small-standard", "ncm", "frozen network, nearest class mean"),
+    ("cifar100-vit-small-standard", "probe", "frozen network, trained heads"),
+    ("cifar100-vit-small-standard", "inflora", "InfLoRA, its published heads"),
+    ("cifar100-vit-small-standard", "joint", "joint training"),
+)
+"""The same of CIFAR-100 in its standard setting."""
+
+
+def full_table(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Runs of record, and their distance to joint training, which comes last."""
     found = []
-    for file, row, label in FULL:
+    for file, row, label in rows:
         seeds = json.loads((RESULTS.parent / f"{file}.json").read_text())["rows"][row]["seeds"].values()
         named = {name: [100 * one[name] for one in seeds if one.get(name) is not None] for name in ("last", "avg")}
         found.append((label, {name: values for name, values in named.items() if values}))
