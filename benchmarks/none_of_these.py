@@ -63,6 +63,7 @@ class Row:
 ROWS = {
     **{f"probe, {head}": Row({**FROZEN, "head": head}) for head in ("linear", "cosine", "ncm", "lda", "ridge")},
     "probe, ridge_random_features": Row({**FROZEN, "head": "ridge_random_features", "head_features": 1000}),
+    "probe, 3 layers, lda": Row({**FROZEN, "head": "lda", "feature_layers": 3}),
     "inflora, linear": Row(ADAPTED, known=20, tasks=4, rows=20),
 }
 
@@ -140,7 +141,8 @@ def _table(shared: Path, name: str, split: str) -> dict[str, list[Any]]:
     return found
 
 
-_FEATURES: dict[bytes, Tensor] = {}
+_FEATURES: dict[tuple[int, bytes], Tensor] = {}
+"""Of a text's tokens by so many layers."""
 
 
 def remember_features(learner: Learner) -> None:
@@ -149,7 +151,7 @@ def remember_features(learner: Learner) -> None:
 
     def features(batch: dict[str, Tensor]) -> Tensor:
         pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        keys = [ids[mask.bool()].numpy().tobytes() for ids, mask in pairs]
+        keys = [(learner.backbone.feature_layers, ids[mask.bool()].numpy().tobytes()) for ids, mask in pairs]
         if any(key not in _FEATURES for key in keys):
             _FEATURES.update(zip(keys, compute(batch), strict=True))
         return torch.stack([_FEATURES[key] for key in keys])

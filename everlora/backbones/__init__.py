@@ -2,7 +2,7 @@
 
 from everlora.backbones.base import Backbone, Modality
 from everlora.backbones.causal_lm import fingerprint_of_inputs
-from everlora.backbones.fingerprint import cache_folder, model_fingerprint
+from everlora.backbones.fingerprint import model_fingerprint
 from everlora.backbones.inputs import Encoded, EncodedImages, EncodedTexts
 from everlora.backbones.load import feature_depth, load_backbone
 from everlora.backbones.source import resolve_source
@@ -13,7 +13,6 @@ __all__ = [
     "EncodedImages",
     "EncodedTexts",
     "Modality",
-    "cache_folder",
     "feature_depth",
     "fingerprint_of_inputs",
     "load_backbone",

@@ -11,22 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from everlora.errors import ModelError
+from everlora.places import cache_folder
 
-__all__ = ["cache_folder", "fingerprint_of", "model_files", "model_fingerprint", "tokenizer_text"]
+__all__ = ["fingerprint_of", "model_files", "model_fingerprint", "tokenizer_text"]
 
 logger = logging.getLogger("everlora.backbones")
 
 _PATTERNS = ("config.json", "model*.safetensors", "model*.safetensors.index.json")
 _CACHE_FILE = "fingerprints.json"
 _CHUNK_BYTES = 1 << 20
-
-
-def cache_folder() -> Path:
-    """Folder of everlora's caches: `$EVERLORA_CACHE`, else `everlora` in the user's cache folder."""
-    named = os.environ.get("EVERLORA_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everlora"
 
 
 def model_files(folder: Path) -> list[Path]:

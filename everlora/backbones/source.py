@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from everlora.errors import ModelError
+from everlora.places import SHARED_VARIABLE, shared_folder
 
 __all__ = ["resolve_source"]
 
 _PACKAGE_PREFIX = "package:"
 _SHARED_PREFIX = "shared:"
-_SHARED_VARIABLE = "EVERLORA_SHARED"
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -83,10 +82,10 @@ def _among_shared(text: str) -> Path:
     inner = text.removeprefix(_SHARED_PREFIX)
     if not Path(inner).parts or ".." in Path(inner).parts or Path(inner).is_absolute():
         raise ModelError(f"expected shared:<folder>, found {text!r}; name a folder of shared models")
-    folder = Path(os.environ.get(_SHARED_VARIABLE, os.path.join(os.pardir, "shared"))) / "models" / inner
+    folder = shared_folder() / "models" / inner
     if not folder.is_dir():
         raise ModelError(
-            f"expected the folder models/{inner} below ${_SHARED_VARIABLE} for {text!r}, found none; set the variable "
+            f"expected the folder models/{inner} below ${SHARED_VARIABLE} for {text!r}, found none; set the variable "
             "to the folder that holds models/, or name the model's own folder"
         )
     return folder

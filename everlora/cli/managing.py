@@ -35,9 +35,7 @@ def status(
 def _print_status(folder: Path, report: Mapping[str, Any], *, every: bool) -> None:
     tasks, labels = report["tasks"], report["labels"]
     is_language = report["scenario"] == "language"
-    head = report["options"].get("head", {}).get("head", "linear")  # older learners have no such part
-    named = report["method"] + ("" if head == "linear" else f" with head={head}")
-    output.line(f"{folder}: {named}, {report['scenario']}, model {report['model']}")
+    output.line(f"{folder}: {_recipe(report)}, {report['scenario']}, model {report['model']}")
     for entry in report["forgotten"]:
         reason = f" ({entry['reason']})" if entry["reason"] else ""
         output.line(f"Forgotten on request, {entry['when']}: {output.kinds(entry['left'])}{reason}")
@@ -53,6 +51,16 @@ def _print_status(folder: Path, report: Mapping[str, Any], *, every: bool) -> No
         output.line(_NOTHING_KEPT)
     elif not is_language:
         output.line(f"Mean accuracy now: {output.percent(report['accuracy_now'])} % on the rows kept back.")
+
+
+def _recipe(report: Mapping[str, Any]) -> str:
+    """The method, and what else decides which answers it can give, where that is not the usual."""
+    usual = {"head": ("head", "linear"), "model": ("feature_layers", 1)}
+    chosen = []
+    for part, (name, default) in usual.items():
+        value = report["options"].get(part, {}).get(name, default)  # older learners have no such part or name
+        chosen += [f"{name}={value}"] if value != default else []
+    return f"{report['method']} with {' and '.join(chosen)}" if chosen else str(report["method"])
 
 
 def _print_tasks(tasks: Sequence[Mapping[str, Any]], *, every: bool, is_language: bool) -> None:

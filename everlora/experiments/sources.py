@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from pyarrow import parquet
 from everlora.errors import DataError, OptionError
 from everlora.experiments.network import hub_copy_is_here, hub_is_reachable
 from everlora.experiments.schema import ColumnNames, DataSpec
+from everlora.places import SHARED_VARIABLE, shared_folder
 
-__all__ = ["SHARED_VARIABLE", "Source", "given_part", "locate"]
-
-SHARED_VARIABLE = "EVERLORA_SHARED"
+__all__ = ["Source", "given_part", "locate"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def locate(spec: DataSpec, given: Any = None, *, recipe: str) -> Source:
         return Source(spec.builtin, None, "builtin")
     if spec.hub is not None and (hub_copy_is_here(spec.hub) or hub_is_reachable()):
         return Source(spec.hub, _named(spec.columns), "hub")
-    folder = _shared_data() / spec.shared if spec.shared is not None else None
+    folder = shared_folder() / "data" / spec.shared if spec.shared is not None else None
     if folder is not None and folder.exists():
         return Source(folder, _named(spec.shared_columns), "shared")
     tried = [f"the hub (data set {spec.hub}) does not answer"] if spec.hub is not None else []
@@ -109,10 +107,6 @@ def given_part(given: Any, name: str | None, recipe: str) -> Any:
         f"Recipe '{recipe}' reads several data sets, and --data replaces one only; give a folder that holds a folder "
         f"or file for each, such as '{name}'."
     )
-
-
-def _shared_data() -> Path:
-    return Path(os.environ.get(SHARED_VARIABLE, os.path.join(os.pardir, "shared"))) / "data"
 
 
 def _named(columns: ColumnNames | None) -> dict[str, str] | None:

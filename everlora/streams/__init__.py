@@ -3,7 +3,6 @@
 from everlora.streams.dialogue_rows import parse_row
 from everlora.streams.dialogues import check_dialogue_columns, load_dialogue_splits, load_dialogues
 from everlora.streams.examples import Examples, Modality, concatenate
-from everlora.streams.images import cache_folder
 from everlora.streams.orders import class_order
 from everlora.streams.registry import NamedSource, list_sources, register_source
 from everlora.streams.source import Columns, LoadOptions, load_examples, load_splits
@@ -21,7 +20,6 @@ __all__ = [
     "by_class",
     "by_column",
     "by_datasets",
-    "cache_folder",
     "check_dialogue_columns",
     "class_order",
     "concatenate",

@@ -13,7 +13,7 @@ from everlora.streams.columns import Columns, read_groups, read_labels
 from everlora.streams.dialogue_columns import FIELDS, field_values, text_of
 from everlora.streams.dialogue_rows import check_row, parse_row, write_row
 from everlora.streams.examples import Examples, natural_order
-from everlora.streams.source import _origin, _pick, _read
+from everlora.streams.reading import origin_of, pick_split, read_tables
 from everlora.streams.table import Source, Table
 
 __all__ = ["check_dialogue_columns", "load_dialogue_splits", "load_dialogues", "parse_row"]
@@ -69,8 +69,8 @@ def load_dialogues(
     if isinstance(data, Examples):
         return _checked(data)
     names = _names(columns)
-    source = _read(_as_rows(data, "text" if require_answers else "instruction"))
-    table = _pick(source.tables, split, _origin(data)) if source.is_divided else source.tables["train"]
+    source = read_tables(_as_rows(data, "text" if require_answers else "instruction"))
+    table = pick_split(source.tables, split, origin_of(data)) if source.is_divided else source.tables["train"]
     return _build(table, source, names, require_answers=require_answers)
 
 
@@ -92,8 +92,8 @@ def load_dialogue_splits(
     if isinstance(data, Examples):
         return {"train": _checked(data)}
     names = _names(columns)
-    source = _read(_as_rows(data, "text"))
-    _pick(source.tables, "train", _origin(data))
+    source = read_tables(_as_rows(data, "text"))
+    pick_split(source.tables, "train", origin_of(data))
     parts = {split: source.tables[split] for split in _SPLITS if split in source.tables}
     return {split: _build(table, source, names, require_answers=True) for split, table in parts.items()}
 

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from everlora.errors import DataError
+from everlora.places import cache_folder
 
-__all__ = ["IMAGE_SUFFIXES", "MEMORY_LIMIT_BYTES", "Progress", "cache_folder", "decode_images"]
+__all__ = ["IMAGE_SUFFIXES", "MEMORY_LIMIT_BYTES", "Progress", "decode_images"]
 
 Progress = Callable[[int, int], None]
 # Decoding this much takes about two seconds; smaller sets are decoded anew each time.
@@ -63,19 +64,6 @@ class _Batch:
         return content if isinstance(content, bytes) else None
 
 
-def cache_folder() -> Path:
-    """Return the folder for decoded images.
-
-    `$EVERLORA_CACHE`, else `everlora` in `$HF_HOME`, `$XDG_CACHE_HOME` or `~/.cache`. It is not created here.
-    """
-    if os.environ.get("EVERLORA_CACHE"):
-        return Path(os.environ["EVERLORA_CACHE"])
-    for variable in ("HF_HOME", "XDG_CACHE_HOME"):
-        if os.environ.get(variable):
-            return Path(os.environ[variable]) / "everlora"
-    return Path.home() / ".cache" / "everlora"
-
-
 def decode_images(
     records: Sequence[Any],
     origin: str,
@@ -96,7 +84,7 @@ def decode_images(
         origin: how error messages call the data set.
         folder: where relative paths start.
         image_size: pixels of the common side; needed where native sizes differ.
-        cache: folder of cache files, None for `cache_folder()`.
+        cache: folder of cache files, None for everlora's own.
         progress: called with (images done, images in all) now and then.
 
     Returns:

@@ -1,12 +1,10 @@
-"""From whatever a user names (a path, a hub id, a list, a data set) to labelled examples."""
+"""From whatever a user names to labelled examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-import datasets
 import numpy as np
 
 from everlora.errors import DataError
@@ -15,11 +13,10 @@ from everlora.errors import DataError
 from everlora.streams import digits as _digits  # noqa: F401
 from everlora.streams.columns import Columns, find_columns, read_groups, read_labels, read_texts
 from everlora.streams.examples import Examples, Modality
-from everlora.streams.files import DATA_SUFFIXES, SPLIT_NAMES, read_path
-from everlora.streams.hub import is_hub_id, read_hub
 from everlora.streams.images import Progress, decode_images
+from everlora.streams.reading import origin_of, pick_split, read_tables
 from everlora.streams.registry import find_source
-from everlora.streams.table import Source, Table, table_from_dataset, table_from_rows
+from everlora.streams.table import Table
 
 __all__ = ["Columns", "LoadOptions", "load_examples", "load_splits"]
 
@@ -64,11 +61,11 @@ def load_examples(data: Any, *, split: str = "train", **options: Unpack[LoadOpti
         return _checked(data, options)
     named = _registered(data)
     if named is not None:
-        return _checked(_pick(named, split, str(data)), options)
-    source = _read(data)
+        return _checked(pick_split(named, split, str(data)), options)
+    source = read_tables(data)
     if not source.is_divided:
         return _build(source.tables["train"], options)
-    return _build(_pick(source.tables, split, _origin(data)), options)
+    return _build(pick_split(source.tables, split, origin_of(data)), options)
 
 
 def load_splits(data: Any, **options: Unpack[LoadOptions]) -> dict[str, Examples]:
@@ -89,61 +86,15 @@ def load_splits(data: Any, **options: Unpack[LoadOptions]) -> dict[str, Examples
     named = _registered(data)
     if named is not None:
         return {split: _checked(examples, options) for split, examples in named.items()}
-    tables = _read(data).tables
-    _pick(tables, "train", _origin(data))
+    tables = read_tables(data).tables
+    pick_split(tables, "train", origin_of(data))
     return {split: _build(tables[split], options) for split in ("train", "validation", "test") if split in tables}
-
-
-def _read(data: Any) -> Source:
-    if isinstance(data, datasets.DatasetDict) or (isinstance(data, Mapping) and set(data) <= set(SPLIT_NAMES)):
-        return _read_mapping(data)
-    if isinstance(data, datasets.Dataset):
-        return Source({"train": table_from_dataset(data, "the data set")}, is_divided=False)
-    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise DataError("a streamed data set has no fixed rows; load it with streaming=False")
-    if isinstance(data, str | Path):
-        return _read_name(str(data))
-    if isinstance(data, Sequence):
-        return Source({"train": table_from_rows(data, "the list of rows")}, is_divided=False)
-    raise DataError(f"a {type(data).__name__} is no data set; give a path, a list of dicts or a datasets.Dataset")
-
-
-def _read_mapping(data: Mapping[str, Any]) -> Source:
-    tables: dict[str, Table] = {}
-    for name, part in data.items():
-        inner = _read(part)
-        table = inner.tables["train"]
-        split = SPLIT_NAMES.get(str(name).lower(), str(name))
-        tables[split] = Table(f"{table.origin} ({name})", table.columns, table.num_rows, table.folder)
-    if not tables:
-        raise DataError("the data set has no splits; give at least a train split")
-    return Source(tables, is_divided=True)
-
-
-def _read_name(name: str) -> Source:
-    path = Path(name).expanduser()
-    if path.exists():
-        return read_path(path)
-    if is_hub_id(name):
-        return read_hub(name)
-    raise DataError(f"{name} does not exist; give a file ({', '.join(DATA_SUFFIXES)}), a folder or a hub id")
 
 
 def _registered(data: Any) -> dict[str, Examples] | None:
     if isinstance(data, str) and ":" in data and not Path(data).exists() and "/" not in data and "\\" not in data:
         return find_source(data).load()
     return None
-
-
-def _pick(parts: Mapping[str, Any], split: str, origin: str) -> Any:
-    wanted = SPLIT_NAMES.get(split, split)
-    if wanted not in parts:
-        raise DataError(f"{origin} has no {wanted} split, only {', '.join(parts)}; add it or choose another")
-    return parts[wanted]
-
-
-def _origin(data: Any) -> str:
-    return str(data) if isinstance(data, str | Path) else "the data set"
 
 
 def _checked(examples: Examples, options: LoadOptions) -> Examples:

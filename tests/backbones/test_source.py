@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from everlora.backbones import cache_folder, load_backbone, model_fingerprint, resolve_source
 from everlora.backbones import fingerprint as fingerprint_module
+from everlora.backbones import load_backbone, model_fingerprint, resolve_source
 from everlora.backbones import source as source_module
 from everlora.errors import ModelError
+from everlora.places import cache_folder
 from tests.tiny_models import save_tiny
 
 
@@ -97,17 +98,6 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_name_that_cannot_be_a_hub_id_is_refused() -> None:
     with pytest.raises(ModelError, match="which is neither"):
         resolve_source("two words")
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("EVERLORA_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("EVERLORA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "everlora"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "everlora"
 
 
 @pytest.fixture

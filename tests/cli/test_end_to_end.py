@@ -86,7 +86,7 @@ def test_an_image_learner_reads_files_and_folders(
             Image.new("RGB", (16, 16), colour).save(Path("colours", colour, f"{index}.png"))
     save_tiny("vit", tmp_path / "base")
     assert call("init", "usual", "--model", "base")[0] == 0
-    assert "usual: probe with head=lda, class_incremental" in call("status", "usual")[1]
+    assert "usual: probe with head=lda and feature_layers=2, class_incremental" in call("status", "usual")[1]
     assert call("init", "eyes", "--model", "base", "--method", "ncm")[0] == 0
     code, _, err = call("learn", "eyes", "colours")
     assert (code, err) == (0, "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,3 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seed() -> int:
     """Of random moments: another one at each run; the variable repeats one."""
     return int(os.environ.get("EVERLORA_KILL_SEED", time.time_ns() % 10**6))
-
-
-@pytest.fixture(scope="module")
-def no_waiting_for_the_disk() -> Iterator[None]:
-    """That fsync itself works is the system's affair, and it is slow."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _descriptor: None)
-        yield

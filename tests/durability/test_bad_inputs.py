@@ -16,11 +16,9 @@ from everlora.cli import main
 from tests.store.builders import snapshot
 from tests.toy import FAST, toy_images, toy_texts
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
 
 @pytest.fixture(scope="module")
-def texts(no_waiting_for_the_disk: None, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def texts(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A learner of one task of texts."""
     folder = tmp_path_factory.mktemp("texts") / "learner"
     Learner.create(folder, model=tiny_bert, method="inflora", rank=2, **FAST).learn(
@@ -30,7 +28,7 @@ def texts(no_waiting_for_the_disk: None, tiny_bert: Path, tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="module")
-def images(no_waiting_for_the_disk: None, tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A learner of one task of images."""
     folder = tmp_path_factory.mktemp("images") / "learner"
     Learner.create(folder, model=tiny_vit, method="inflora", rank=2, **FAST).learn(

@@ -22,8 +22,6 @@ from tests.methods.language_builders import language_task
 from tests.store.builders import snapshot
 from tests.toy import toy_learner, toy_tasks
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
 Damage = tuple[str, dict[str, bytes | None]]
 """What is done, and the new content of each file; None deletes it."""
 

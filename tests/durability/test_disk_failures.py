@@ -19,8 +19,6 @@ from tests.store.builders import HEADER, add_task, make_learner, snapshot
 from tests.store.faults import Countdown
 from tests.toy import toy_learner, toy_texts
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
 CODES = (errno.ENOSPC, errno.EIO)
 
 
@@ -163,7 +161,7 @@ class Learning:
 
 
 @pytest.fixture(scope="module")
-def learning(no_waiting_for_the_disk: None, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Learning:
+def learning(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Learning:
     return Learning(tmp_path_factory.mktemp("learning"), tiny_bert)
 
 

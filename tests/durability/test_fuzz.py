@@ -23,8 +23,6 @@ from everlora.streams import load_dialogues, load_examples, parse_row
 from tests.durability.mutations import Mutator
 from tests.store.builders import HEADER, make_learner
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
 SEED = 20
 Case = Callable[[], Any]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from everlora.errors import DataError
-from everlora.streams import cache_folder, images
+from everlora.streams import images
 from everlora.streams.images import decode_images
 
 
@@ -196,18 +196,6 @@ def test_progress() -> None:
     seen: list[tuple[int, int]] = []
     decode_images([encoded()] * 300, "x", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(256, 300), (300, 300)]
-
-
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("EVERLORA_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert cache_folder() == Path.home() / ".cache" / "everlora"
-    monkeypatch.setenv("XDG_CACHE_HOME", "x")
-    assert cache_folder() == Path("x/everlora")
-    monkeypatch.setenv("HF_HOME", "h")
-    assert cache_folder() == Path("h/everlora")
-    monkeypatch.setenv("EVERLORA_CACHE", "mine")
-    assert cache_folder() == Path("mine")
 
 
 @pytest.mark.usefixtures("small_limit")

@@ -71,11 +71,6 @@ SLOW = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {kind: tiny_model(kind, tmp_path_factory.mktemp(kind)) for kind in ("vit", "bert")}
