@@ -227,7 +227,8 @@ def _learn_and_judge(learner: Learner, stream: Stream, job: Job) -> dict[str, li
         if not learner.method.fixed_features and (adapted is None or index < adapted):
             computed.clear()
         seen = sorted({learner.classes.index(label) for label in rows.classes})
-        judges.learn(once(rows), indices(learner, rows), seen, before)
+        if heads:
+            judges.learn(once(rows), indices(learner, rows), seen, before)
         judged = [(once(test), indices(learner, test)) for test in tests]
         trained = {}
         if adapted is None:

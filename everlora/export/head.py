@@ -23,16 +23,17 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class ExportHead:
-    """A linear classifier; the score of a class is the maximum over its rows.
+    """A classifier of plain rows; the score of a class is the maximum over its rows.
 
     Attributes:
         weight: `(rows, features)` float32.
         bias: `(rows,)` float32.
         labels: label name of each row; a name may come several times.
-        normalize: features are scaled to length 1 before the rows are applied.
+        normalize: features are scaled to length 1 first.
+        projection: P, `(k, d)` float32, where the rows apply to `relu(P f)`, of width k, in place of features f.
 
     Raises:
-        ShapeError: rows, biases and labels do not fit each other.
+        ShapeError: rows, biases, labels and projection do not fit each other.
         NumericError: a weight is NaN or infinite.
     """
 
@@ -40,6 +41,7 @@ class ExportHead:
     bias: np.ndarray[Any, Any]
     labels: tuple[str, ...]
     normalize: bool = False
+    projection: np.ndarray[Any, Any] | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.labels)
@@ -48,8 +50,18 @@ class ExportHead:
                 f"expected one weight row, one bias and one label for each row of the head, found weight "
                 f"{self.weight.shape}, bias {self.bias.shape}, {rows} labels; pass the rows of all tasks together"
             )
+        if self.projection is not None and len(self.projection) != self.weight.shape[1]:
+            raise ShapeError(
+                f"expected rows as wide as the {len(self.projection)} random features of the head, found width "
+                f"{self.weight.shape[1]}; pass the projection that the rows were fitted on"
+            )
         if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
             raise NumericError("expected finite head weights, found NaN or infinity; the training diverged")
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features that it scores."""
+        return int((self.weight if self.projection is None else self.projection).shape[1])
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -70,12 +82,14 @@ class ExportHead:
     @property
     def is_linear(self) -> bool:
         """Whether the logits are the rows themselves, with features used as they are."""
-        return self.has_single_rows and not self.normalize
+        return self.has_single_rows and not self.normalize and self.projection is None
 
     def logits(self, features: Tensor) -> Tensor:
         """Score features: `(n, features)` to `(n, classes)`, both float32."""
         if self.normalize:
             features = torch.nn.functional.normalize(features, dim=1)
+        if self.projection is not None:
+            features = torch.relu(features.float() @ torch.as_tensor(self.projection).to(features.device).T)
         weight, bias = (tensor.to(features.device) for tensor in self.tensors())
         rows = features.float() @ weight.T + bias
         owner = torch.tensor(self.row_classes, device=rows.device)
@@ -88,7 +102,8 @@ class ExportHead:
     def save(self, folder: Path) -> None:
         """Write `head.safetensors` and `head.json`."""
         weight, bias = self.tensors()
-        save_file({"weight": weight, "bias": bias}, folder / HEAD_WEIGHTS)
+        projection = {} if self.projection is None else {"projection": torch.tensor(self.projection)}
+        save_file({"weight": weight, "bias": bias, **projection}, folder / HEAD_WEIGHTS)
         info = {
             "format": _FORMAT,
             "classes": list(self.classes),

@@ -192,9 +192,9 @@ class ClassifierLayout(Layout):
         Raises:
             ShapeError: it does not.
         """
-        if self.head.weight.shape[1] != self.backbone.feature_dim:
+        if self.head.num_features != self.backbone.feature_dim:
             raise ShapeError(
-                f"expected a head for {self.backbone.feature_dim} features, found one for {self.head.weight.shape[1]}; "
+                f"expected a head for {self.backbone.feature_dim} features, found one for {self.head.num_features}; "
                 "pass the head that was trained on this model"
             )
 
@@ -248,6 +248,8 @@ def load_fitting(model: nn.Module, state: Mapping[str, Tensor], *, assign: bool 
 def row_lines(head: ExportHead) -> list[str]:
     """Body of the function that scores `features` with the head lying beside, as lines of code."""
     lines = ["    features = torch.nn.functional.normalize(features, dim=1)"] if head.normalize else []
+    if head.projection is not None:
+        lines += ['    features = torch.relu(features @ head["projection"].T)  # random features']
     product = 'features @ head["weight"].T + head["bias"]'
     if head.has_single_rows:
         return [*lines, f"    return {product}"]

@@ -37,11 +37,6 @@ class Expansion:
         """Length of what comes out."""
         return (self.random or self.features) + self.bias
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether scores that are linear in what comes out are linear in the features."""
-        return not self.random
-
     @cached_property
     def projection(self) -> Tensor:
         """P, `(random, d)` float32."""

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from everlora.errors import UnsupportedError
 from everlora.heads.class_means import competing, rows_of_means
 from everlora.heads.discriminant import DiscriminantFit, fit_discriminant
 from everlora.heads.expansion import Expansion
@@ -140,20 +139,14 @@ class StatisticalHead:
         return competing(scores, None if task is None else self.tasks[task]).float()
 
     def rows(self) -> HeadRows:
-        """The head as plain rows.
-
-        Raises:
-            UnsupportedError: it stands on random features.
-        """
-        if not self.expand.is_linear:
-            raise UnsupportedError(
-                "a head on random features cannot be written as rows of a linear classifier; learn with head=ridge to "
-                "export, or predict with everlora."
-            )
+        """The head as plain rows."""
         weight, bias = self._rows()
         if self.expand.bias:
             weight, bias = weight[:, :-1], bias + weight[:, -1]
-        return HeadRows(weight.float(), bias.float(), tuple(range(len(bias))), normalize=self.expand.normalize)
+        projection = self.expand.projection if self.expand.random else None
+        return HeadRows(
+            weight.float(), bias.float(), tuple(range(len(bias))), self.expand.normalize, projection=projection
+        )
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Weight `(classes, dim)` and bias `(classes,)` float32, on expanded features."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +29,26 @@ class HeadRows:
         bias: `(rows,)` float32.
         classes: class index of each row.
         normalize: True when features are scaled to length 1 before the rows are applied.
+        projection: P, `(k, features)` float32, where the rows apply to `relu(P f)`, of width k, in place of f.
     """
 
     weight: Tensor
     bias: Tensor
     classes: tuple[int, ...]
     normalize: bool = False
+    projection: Tensor | None = None
+
+    def of_known_classes(self) -> HeadRows:
+        """Without the rows of bias `-inf`: nothing is known of their classes any more, so they never win.
+
+        Raises:
+            DataError: no other row is there.
+        """
+        known = self.bias > -torch.inf
+        if not bool(known.any()):
+            raise DataError("every class was forgotten on request; learn one anew.")
+        classes = tuple(c for c, stays in zip(self.classes, known.tolist(), strict=True) if stays)
+        return dataclasses.replace(self, weight=self.weight[known], bias=self.bias[known], classes=classes)
 
 
 class TaskHeads(nn.Module):

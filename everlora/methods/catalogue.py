@@ -16,8 +16,8 @@ DEFAULT = "inflora"
 """What a learner is made with in Python where no method is named."""
 
 RECOMMENDED: dict[str, Any] = {"method": "probe", "head": "lda", "feature_layers": 3}
-"""What `everlora init` takes where no method is named, for classifiers: the best of what was measured over five streams
-that can be exported; see `docs/which-head.md`, to whose figures a test holds this."""
+"""What `everlora init` takes where no method is named, for classifiers: the best of what was measured over five
+streams; see `docs/which-head.md`, to whose figures a test holds this."""
 
 
 @dataclass(frozen=True)

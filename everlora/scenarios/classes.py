@@ -124,9 +124,10 @@ class ClassScenario(Scenario[Counts, Evaluation]):
         variant: str | None,
     ) -> ExportReport:
         """Write the network in place with its classifier."""
-        rows = method.head_rows()
+        rows = method.head_rows().of_known_classes()
         labels = tuple(self.classes[c] for c in rows.classes)
-        head = ExportHead(rows.weight.numpy(), rows.bias.numpy(), labels, normalize=rows.normalize)
+        projection = None if rows.projection is None else rows.projection.numpy()
+        head = ExportHead(rows.weight.numpy(), rows.bias.numpy(), labels, rows.normalize, projection)
         with method.predicting(variant):
             if format == "merged":
                 return export_merged(self.backbone, method.layers(), head, path, card=card)

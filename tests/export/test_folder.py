@@ -162,6 +162,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         export_merged(backbone, teach(other), make_head(backbone), tmp_path / "out", card={})
     with pytest.raises(ShapeError, match="one weight row, one bias and one label"):
         ExportHead(np.zeros((2, 5), np.float32), np.zeros(2, np.float32), ("a",))
+    with pytest.raises(ShapeError, match="the 7 random features of the head, found width 5"):
+        ExportHead(wide.weight, wide.bias, wide.labels, projection=np.zeros((7, 16), np.float32))
     with pytest.raises(NumericError, match="finite head weights"):
         ExportHead(np.full((1, 5), np.nan, np.float32), np.zeros(1, np.float32), ("a",))
 

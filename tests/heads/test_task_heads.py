@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from everlora.errors import DataError
-from everlora.heads import TaskHeads
+from everlora.heads import HeadRows, TaskHeads
 from everlora.methods.keys import keyed_generator
 
 
@@ -64,3 +64,12 @@ def test_initial_rows_depend_on_their_key_only() -> None:
     torch.rand(7)
     assert torch.equal(_heads().linears[1].weight, first)
     assert float(first.detach().abs().max()) <= 3**-0.5
+
+
+def test_rows_of_classes_of_which_nothing_is_known_are_left_out() -> None:
+    rows = HeadRows(torch.eye(3), torch.tensor([0.5, -torch.inf, -1.0]), (4, 1, 4), normalize=True)
+    left = rows.of_known_classes()
+    assert torch.equal(left.weight, torch.eye(3)[[0, 2]]) and torch.equal(left.bias, torch.tensor([0.5, -1.0]))
+    assert (left.classes, left.normalize) == ((4, 4), True)
+    with pytest.raises(DataError, match="every class was forgotten"):
+        HeadRows(torch.eye(1), torch.tensor([-torch.inf]), (0,)).of_known_classes()

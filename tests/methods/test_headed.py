@@ -126,26 +126,24 @@ def _scores_of(learner: Learner) -> np.ndarray:
     return np.array([list(answer.scores.values()) for answer in learner.predict(TASKS[0])])
 
 
-@pytest.mark.parametrize("head", ["ridge", "ncm", "cosine"])
+@pytest.mark.parametrize("head", ["ridge", "ncm", "cosine", "ridge_random_features"])
 def test_exports_give_the_learners_scores(
     head: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = _learn(_learner(tmp_path / "learner", bert, "inflora", head), TASKS[:2])
     learner.export(tmp_path / "merged", format="merged")
+    _check_export(tmp_path / "merged", learner, list(learner.classes), monkeypatch)
+
+
+def _check_export(folder: Path, learner: Learner, classes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of the README has these classes, and gives them the learner's scores."""
     rows = toy_texts(["class a", "class b"], 4, seed=7)
-    expected = [[answer.scores[name] for name in learner.classes] for answer in learner.predict(rows)]
-    monkeypatch.chdir(tmp_path / "merged")
+    expected = [[answer.scores[name] for name in classes] for answer in learner.predict(rows)]
+    monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
-    exec(compile(readme_code(tmp_path / "merged")[0], "README.md", "exec"), names)
+    exec(compile(readme_code(folder)[0], "README.md", "exec"), names)
     found = torch.softmax(names["score"](list(rows.inputs)), dim=1)
-    assert torch.allclose(found, torch.tensor(expected), atol=1e-5)
-
-
-def test_random_features_are_not_exported(bert: Path, tmp_path: Path) -> None:
-    learner = _learn(_learner(tmp_path / "learner", bert, "inflora", "ridge_random_features"), TASKS[:1])
-    with pytest.raises(UnsupportedError, match="head=ridge to export"):
-        learner.export(tmp_path / "merged", format="merged")
-    assert not (tmp_path / "merged").exists()
+    assert names["classes"] == classes and torch.allclose(found, torch.tensor(expected), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -160,13 +158,18 @@ def test_a_task_that_is_cut_off_ends_with_the_same_bits(head: str, bert: Path, t
     assert len(course.met) == 3 and learner.digest == whole.digest
 
 
-def test_a_forgotten_class_is_never_the_answer(bert: Path, tmp_path: Path) -> None:
-    learner = _learn(_learner(tmp_path / "learner", bert, "probe", "ridge"), TASKS[:2])
+@pytest.mark.parametrize("head", STATISTICAL)
+def test_a_forgotten_class_is_never_the_answer(
+    head: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = _learn(_learner(tmp_path / "learner", bert, "probe", head), TASKS[:2])
     gone = learner.classes[0]
     report = learner.forget(label=gone)
     again = Learner.open(tmp_path / "learner", device="cpu")
     assert all(answer.scores.get(gone, 0.0) == 0.0 for answer in again.predict(TASKS[0]))
     assert any("Gram matrix" in sentence for sentence in report.remaining), report
+    again.export(tmp_path / "merged", format="merged")
+    _check_export(tmp_path / "merged", again, [name for name in learner.classes if name != gone], monkeypatch)
 
 
 def test_an_older_learner_has_the_head_it_was_made_with(bert: Path, tmp_path: Path) -> None:
