@@ -34,9 +34,10 @@ class HeadOptions:
 
     Attributes:
         head: `linear`, one trained head a task (the published methods); `cosine`, the same on features and rows of
-            length 1; `ncm`, nearest class mean; `lda`, linear discriminant analysis, and `ridge`, ridge regression,
-            both from the Gram matrix and class sums of all tasks; `ridge_random_features`, the latter on random ReLU
-            features. All but the first two are fitted after a task's training, which goes on as with `linear`.
+            length 1, from class means on; `ncm`, nearest class mean; `lda`, linear discriminant analysis, and `ridge`,
+            ridge regression, both from the Gram matrix and class sums of all tasks; `ridge_random_features`, the
+            latter on random ReLU features. All but the first two are fitted after a task's training, which goes on as
+            with `linear`.
         head_features: number of random ReLU features.
         head_penalty: of the ridge, in units of the Gram matrix's mean eigenvalue; of `lda` in those of the covariance
             within classes. None chooses it on a fifth of the training rows of all tasks, and fits all rows with it.

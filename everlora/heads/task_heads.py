@@ -94,6 +94,12 @@ class TaskHeads(nn.Module):
         self.classes.append(tuple(int(c) for c in classes))
         return head
 
+    def imprint(self, directions: Tensor) -> None:
+        """Let the newest head start from directions `(rows, features)` of any length, in the order of its classes."""
+        weight = self.linears[-1].weight
+        with torch.no_grad():
+            weight.copy_(nn.functional.normalize(directions, dim=1))
+
     def load_task(self, classes: Sequence[int], weight: Tensor, bias: Tensor) -> None:
         """Append a frozen head with given rows, `weight (rows, features)` and `bias (rows,)`."""
         head = self.add_task(classes).to(weight.dtype)

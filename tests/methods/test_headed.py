@@ -79,6 +79,20 @@ def test_a_frozen_encoder_with_ridge_is_ridge_on_its_features(bert: Path, tmp_pa
     assert [learner.classes.index(answer.label) for answer in learner.predict(rows)] == expected.tolist()
 
 
+@pytest.mark.parametrize("method", ["probe", "inflora", "sd_lora"])
+def test_cosine_heads_start_from_class_means(method: str, bert: Path, tmp_path: Path) -> None:
+    learner = _learner(tmp_path / "learner", bert, method, "cosine", lr=1e-12, head_lr=1e-12)
+    rows = TASKS[0]
+    learner.learn(rows)
+    batch = learner.backbone.collate(learner.backbone.encode(rows.inputs), torch.arange(len(rows)))
+    with torch.no_grad():
+        unit = torch.nn.functional.normalize(learner.backbone.eval().features(batch).double(), dim=1)
+    means = [unit[torch.tensor([label == name for label in rows.labels])].mean(dim=0) for name in learner.classes]
+    scores = 16 * unit @ torch.nn.functional.normalize(torch.stack(means), dim=1).T
+    found = [[answer.scores[name] for name in learner.classes] for answer in learner.predict(rows)]
+    torch.testing.assert_close(torch.tensor(found).double(), scores.softmax(dim=1), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", STATISTICAL)
 def test_tasks_of_one_class_in_any_order_give_one_head(head: str, bert: Path, tmp_path: Path) -> None:
     names = ["a", "b", "c", "d"]
@@ -147,9 +161,9 @@ def _check_export(folder: Path, learner: Learner, classes: list[str], monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["ridge", pytest.param("ncm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("head", ["ridge", "ncm", "cosine"])
 def test_a_task_that_is_cut_off_ends_with_the_same_bits(head: str, bert: Path, tmp_path: Path) -> None:
-    options = {"head_drift": "linear", "eval_batch_size": 6}
+    options = {"head_drift": "none" if head == "cosine" else "linear", "eval_batch_size": 6}
     whole = _learn(_learner(tmp_path / "whole", bert, "inflora", head, **options), TASKS[:2])
     parts = _learn(_learner(tmp_path / "parts", bert, "inflora", head, checkpoint_every=1, **options), TASKS[:1])
     assert len(parts.tasks) == 1
