@@ -18,8 +18,9 @@ demo: $(READY)
 test: $(READY)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# A file stays in one process: some share what takes minutes to make.
 slow: $(READY)
-	$(OFFLINE) $(BIN)/python -m pytest -m slow
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
