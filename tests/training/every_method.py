@@ -20,6 +20,7 @@ from everlora.evaluation import Evaluator
 from everlora.language.scoring import score_encoded
 from everlora.methods import method_spec
 from everlora.methods.base import TaskInfo
+from everlora.methods.headed import with_head
 from everlora.settings import Settings
 from everlora.training import Processes, TaskData, TaskTrainer, loop, processes
 from tests.methods.conv_builders import save_resnet
@@ -65,6 +66,10 @@ MORE_ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("language", "i_lora", {"reset_optimizer": False, "micro_batches": 2, "ilora_buffer_size": 6}),
     ("language", "i_lora", {"preset": "llmcl_effective", "lora_dropout": 0.0}),
     ("language", "ewc", {"fisher": "batch"}),
+    ("bert", "inflora", {"head": "cosine"}),
+    ("bert", "inflora", {"head": "ridge", "adapt_tasks": 1}),
+    ("vit", "sequential", {"head": "lda", "head_drift": "linear"}),
+    ("vit", "probe", {"head": "ridge_random_features", "head_features": 30}),
     # dropout is keyed by the pieces of a step: two processes are one with two micro-batches
     ("bert", "sequential", {"dropout": True}),
     ("language", "i_lora", {"lora_dropout": 0.2, "dropout": True}),
@@ -106,7 +111,8 @@ class Bench:
         rank = {"rank": 2} if "rank" in method_spec(case.name).option_names else {}
         pieces = {} if micro_batches is None else {"micro_batches": micro_batches}
         settings = Settings.of(case.name, {**TRAINING, **rank, **case.options, **pieces})
-        self.method = settings.method.method_class(settings.method_options, self.backbone, seed=1)
+        method_class = with_head(settings.method.method_class, settings.head)
+        self.method = method_class(settings.method_options, self.backbone, seed=1)
         for module in self.method.own_modules():
             module.double()
         self.training = settings.training
