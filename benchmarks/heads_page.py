@@ -30,9 +30,6 @@ REFERENCES = (("probe", "linear"), ("inflora", "linear"), ("sd_lora", "linear"))
 FROZEN = ("probe", "probe_layers")
 TRAINED = ("linear", "cosine")
 
-JOINT_OF = {"clinc150-domains": "clinc150"}
-"""Streams of the same rows in another order, which all at once has none of."""
-
 Results = dict[str, Any]
 Figures = dict[tuple[str, str], dict[str, list[float]]]
 """By row and head: `last` and `avg` in percent, one value a seed; no `avg` for what learns all at once."""
@@ -129,7 +126,7 @@ def gap_table(results: Results) -> str:
     for stream in STREAMS:
         found = {key: values for key, values in figures(results, stream).items() if "avg" in values}
         best = max(found, key=lambda key: mean(found[key]["last"]))
-        joint = figures(results, JOINT_OF.get(stream, stream)).get(("joint", "linear"))
+        joint = figures(results, stream).get(("joint", "linear"))
         gaps = ["not measured"] * 2
         if joint:
             gaps = [f"{mean(joint['last']) - mean(found[key]['last']):+.1f}" for key in (choice, best)]
@@ -151,16 +148,18 @@ def _ahead(ours: dict[str, list[float]], others: Iterable[dict[str, list[float]]
 
 
 def ideas_table(results: Results) -> str:
-    """What was tried on validation rows: last accuracy by stream, for the heads of statistics."""
+    """What was tried on validation rows: last accuracy by stream, for trained heads and those of statistics."""
     runs = [run for run in results["runs"] if run["validation"]]
     streams = [name for name in STREAMS if any(run["stream"] == name for run in runs)]
     tried: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
     for run in runs:
         named = {"squared_loss": "squared error as loss", "average": "factors averaged over tasks"}
         idea = run.get("idea")
-        key = (run["row"], ", ".join([*run["options"], *([named[idea]] if idea else [])]))
+        trained = [f"head={run['head']}"] * (run["head"] != "linear")
+        key = (run["row"], ", ".join([*trained, *run["options"], *([named[idea]] if idea else [])]))
         for head, correct in run["correct"].items():
-            values = tried.setdefault(key, {}).setdefault(run["stream"], {}).setdefault(head, [])
+            column = "trained" if head in TRAINED else head
+            values = tried.setdefault(key, {}).setdefault(run["stream"], {}).setdefault(column, [])
             values.append(100 * mean(c / n for c, n in zip(correct[-1], run["sizes"], strict=True)))
     lines = []
     for (row, options), by_stream in sorted(tried.items(), key=lambda item: (_order(item[0][0]), item[0][1])):
@@ -172,7 +171,7 @@ def ideas_table(results: Results) -> str:
     return _table(["row", "options", *streams], lines)
 
 
-_IDEA_HEADS = ("linear", "lda", "lda_drift", "ridge", "ridge_random_features")
+_IDEA_HEADS = ("trained", "lda", "lda_drift", "ridge", "ridge_random_features")
 
 
 FULL = (
