@@ -82,7 +82,7 @@ class TaskInfo:
         classes: class indices of its labels (indices are given in order of first appearance over all tasks).
         num_examples: training rows.
         steps: optimiser steps that it will be trained for.
-        judged_apart: whether something else than the heads in training gives the scores, so that one class will do.
+        judged_apart: whether scores do not come from a loss over the task's classes alone, so that one class will do.
     """
 
     index: int

@@ -69,8 +69,11 @@ class _CosineHeads(Method):
         heads.cosine = True
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
-        """The method's own; then a pass over the task's rows, whose means become the rows of the new head."""
-        super().begin_task(task, collect)
+        """The method's own; then a pass over the task's rows, whose means become the rows of the new head.
+
+        The row of a class that is alone in its task stays its mean: cross-entropy over one class has no gradient.
+        """
+        super().begin_task(dataclasses.replace(task, judged_apart=True), collect)
         own = torch.tensor(self.heads.classes[-1])
         sums = torch.zeros(len(own), self.encoder.feature_dim, dtype=torch.float64)
 

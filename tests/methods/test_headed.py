@@ -93,7 +93,7 @@ def test_cosine_heads_start_from_class_means(method: str, bert: Path, tmp_path: 
     torch.testing.assert_close(torch.tensor(found).double(), scores.softmax(dim=1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", STATISTICAL)
+@pytest.mark.parametrize("head", [*STATISTICAL, "cosine"])
 def test_tasks_of_one_class_in_any_order_give_one_head(head: str, bert: Path, tmp_path: Path) -> None:
     names = ["a", "b", "c", "d"]
     answers = []
@@ -105,9 +105,10 @@ def test_tasks_of_one_class_in_any_order_give_one_head(head: str, bert: Path, tm
     assert np.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_method_that_adapts_learns_tasks_of_one_class(bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["ridge", "cosine"])
+def test_a_method_that_adapts_learns_tasks_of_one_class(head: str, bert: Path, tmp_path: Path) -> None:
     tasks = [toy_texts([name], 10, seed=place) for place, name in enumerate("abc")]
-    learner = _learn(_learner(tmp_path / "learner", bert, "inflora", "ridge"), tasks)
+    learner = _learn(_learner(tmp_path / "learner", bert, "inflora", head), tasks)
     assert learner.evaluate(concatenate(tasks)).accuracy > 0.5
     with pytest.raises(DataError, match="head=ridge"):
         toy_learner(tmp_path / "linear", bert, "inflora").learn(tasks[0])
