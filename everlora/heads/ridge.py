@@ -24,7 +24,8 @@ class RidgeFit:
     Attributes:
         weight: `(classes, dim)` float64; the score of a class is its row times the features.
         penalty: what was chosen, in units of the mean eigenvalue of the Gram matrix.
-        errors: mean squared error on the rows held out, for each of the penalties; empty where none was to be chosen.
+        errors: for each of the penalties the mean squared error on the rows held out, or where these cannot judge, what
+            generalised cross-validation expects; empty where none was to be chosen.
     """
 
     weight: Tensor
@@ -45,8 +46,11 @@ def fit_ridge(
 
     Args:
         statistics: of the rows to fit.
-        held_out: of rows that choose the penalty; they are fitted, too, once it is chosen.
-        penalty: use this one and choose none; without it and without rows held out, 1e-3.
+        held_out: of rows that choose the penalty; they are fitted, too, once it is chosen. Where there are none, or
+            most are of classes that no other row has, generalised cross-validation over all rows chooses it.
+        penalty: use this one and choose none; without it and without rows, 1e-3.
+
+    Source of generalised cross-validation: Golub, Heath and Wahba, Technometrics 21 (1979).
 
     Raises:
         NumericError: there is no Gram matrix, or it is not finite.
@@ -56,14 +60,15 @@ def fit_ridge(
     if not bool(torch.isfinite(statistics.gram).all()):
         raise NumericError("the Gram matrix of the features is not finite; check the rows and the model.")
     errors: tuple[float, ...] = ()
-    if penalty is None and held_out is not None and held_out.count:
-        errors = _errors(statistics, held_out)
-        penalty = PENALTIES[min(range(len(errors)), key=lambda index: errors[index])]
-    penalty = 1e-3 if penalty is None else penalty
     whole = statistics
     if held_out is not None and held_out.count:
         whole = statistics.copy()
         whole.merge(held_out)
+    if penalty is None and whole.count:
+        judged = held_out is not None and _judges(held_out, statistics)
+        errors = _errors(statistics, held_out) if judged and held_out is not None else _expected_errors(whole)
+        penalty = PENALTIES[min(range(len(errors)), key=lambda index: errors[index])]
+    penalty = 1e-3 if penalty is None else penalty
     return RidgeFit(_solve(whole, penalty), penalty, errors)
 
 
@@ -84,6 +89,11 @@ class RidgePath:
         gram, sums = self._vectors.T @ gram @ self._vectors, sums @ self._vectors
         weights = (self._rotated(penalty) for penalty in penalties)
         return [float((weight @ gram * weight).sum() - 2 * (weight * sums).sum()) for weight in weights]
+
+    def freedom(self, penalty: float) -> float:
+        """Degrees of freedom of a solution: the trace of what turns targets into their fit."""
+        values = self._values.clamp(min=0)
+        return float((values / (values + penalty * self._unit)).sum())
 
     def solution(self, penalty: float) -> Tensor:
         """W, `(outputs, dim)`."""
@@ -121,3 +131,26 @@ def _errors(statistics: FeatureStatistics, held_out: FeatureStatistics) -> tuple
     judged.grow(classes)
     errors = RidgePath(statistics.gram, fitted.sums).errors(held_out.gram, judged.sums, PENALTIES)
     return tuple((error + judged.count) / judged.count for error in errors)
+
+
+def _judges(held_out: FeatureStatistics, statistics: FeatureStatistics) -> bool:
+    """Whether most rows held out are of classes that have rows to fit.
+
+    Labels that take turns in a fixed order (five classes, and every fifth row held out) can leave a class no row to
+    fit. Nothing is learned of its indicator then, and the largest penalty would seem best.
+    """
+    shared = min(len(held_out.counts), len(statistics.counts))
+    with_rows = held_out.counts[:shared][statistics.counts[:shared] > 0]
+    return 2 * int(with_rows.sum()) > held_out.count
+
+
+def _expected_errors(statistics: FeatureStatistics) -> tuple[float, ...]:
+    """What generalised cross-validation expects for each of the penalties; infinite where rows are merely repeated."""
+    assert statistics.gram is not None
+    path, count = RidgePath(statistics.gram, statistics.sums), statistics.count
+    left = [count - path.freedom(penalty) for penalty in PENALTIES]
+    errors = path.errors(statistics.gram, statistics.sums, PENALTIES)
+    return tuple(
+        count * (error + count) / free**2 if free > 1e-6 * count else float("inf")
+        for error, free in zip(errors, left, strict=True)
+    )

@@ -78,6 +78,29 @@ def test_the_error_on_rows_held_out_is_that_of_the_rows() -> None:
     assert torch.allclose(again.weight, both.weight, rtol=1e-9, atol=1e-12), "once chosen, all rows are fitted"
 
 
+def test_without_rows_that_can_judge_generalised_cross_validation_chooses() -> None:
+    features, labels = _rows(count=40)
+    fit = fit_ridge(_of(features, labels))
+    rows, targets = features.double(), torch.nn.functional.one_hot(labels, 4).double()
+    identity = torch.eye(7, dtype=torch.float64)
+    for penalty, error in zip(PENALTIES, fit.errors, strict=True):
+        hat = rows @ torch.linalg.solve(rows.T @ rows + penalty * rows.square().sum() / 7 * identity, rows.T)
+        direct = 40 * (targets - hat @ targets).square().sum() / (40 - hat.trace()) ** 2
+        assert error == pytest.approx(float(direct), rel=1e-6)
+    assert fit.penalty == PENALTIES[fit.errors.index(min(fit.errors))]
+
+
+def test_classes_that_take_turns_do_not_mislead_the_penalty() -> None:
+    features, _ = _rows(count=200, dim=30, classes=5)
+    labels = torch.arange(200) % 5
+    features = features + 2 * torch.nn.functional.one_hot(labels, 30)
+    held = labels == 4  # every fifth row, and all of one class
+    parts = [_of(features[chosen], labels[chosen]) for chosen in (~held, held)]
+    fit = fit_ridge(*parts)
+    assert fit.penalty == fit_ridge(_of(features, labels)).penalty < 1
+    assert int(((features.double() @ fit.weight.T).argmax(dim=1) == labels).sum()) > 180
+
+
 def test_a_singular_gram_matrix_is_no_obstacle() -> None:
     features = torch.ones(5, 7)
     fit = fit_ridge(_of(features, torch.zeros(5, dtype=torch.int64)), penalty=1e-12)
