@@ -140,6 +140,7 @@ class Learner(Forgets, Describes, Rejects):
     @property
     def model(self) -> nn.Module:
         """The pretrained model with the adapters in place."""
+        self._refresh()
         return self.backbone.model
 
     @property
@@ -150,6 +151,7 @@ class Learner(Forgets, Describes, Rejects):
     @property
     def classes(self) -> list[str]:
         """Label names in the order of their class indices."""
+        self._refresh()
         return self._rules.classes
 
     @property
@@ -215,10 +217,13 @@ class Learner(Forgets, Describes, Rejects):
             checkpoints = open_checkpoints(
                 store, settings, name=chosen, rows=rows, discard=discard_unfinished, device=self._device
             )
-            self._stale = True  # until the task is on disk, memory and disk differ
-            result = self._learn(store, settings, chosen, rows, checkpoints, progress, watch)
+            try:
+                result = self._learn(store, settings, chosen, rows, checkpoints, progress, watch)
+            except BaseException:
+                self._stale = True  # half a task is in memory, and nothing of it in a learned task on disk
+                raise
             may_tell = is_writer(store, device=self._device)
-        self._store, self._stale = reread(store, device=self._device), False
+        self._store = reread(store, device=self._device)
         if watch is not None and may_tell:
             watch.task(result)
         return result
@@ -271,6 +276,7 @@ class Learner(Forgets, Describes, Rejects):
         """
         if not isinstance(self._rules, LanguageScenario):
             raise OptionError(f"a learner of the scenario {self.scenario} writes no text; use predict.")
+        self._refresh()
         with self._predicting(variant):
             return self._rules.generate(self._trainer(), prompts, max_new_tokens)
 
@@ -322,6 +328,7 @@ class Learner(Forgets, Describes, Rejects):
         Returns:
             `Counts`, or `LanguageScore` for a language model, one for each set.
         """
+        self._refresh()
         trainer = self._trainer()
         with self._predicting(variant):
             return [self._score(trainer, index, rows) for index, rows in tasks]
@@ -394,7 +401,7 @@ class Learner(Forgets, Describes, Rejects):
         self.backbone, self.method = loaded or self._make(header)
         restore_state(self.method, store)
         if loaded is None and not store.tasks:  # from the first task on, its state holds what was adopted
-            adopt_at_start(self.settings, self.method, self.model, header)
+            adopt_at_start(self.settings, self.method, self.backbone.model, header)
         for module in (self.backbone, *self.method.own_modules()):
             module.to(self._device)
         records = [store.read_task(entry.index).record for entry in store.tasks]
@@ -493,8 +500,12 @@ class Learner(Forgets, Describes, Rejects):
             raise OptionError(f"there is no task '{task}'; known: " + ", ".join(names))
         return names.index(str(task))
 
-    def _require_tasks(self) -> None:
+    def _refresh(self) -> None:
+        """Go back to what is on disk after a task that could not be learned to its end."""
         if self._stale:
             self._load(LearnerStore.open(self.path))
+
+    def _require_tasks(self) -> None:
+        self._refresh()
         if not self.tasks:
             raise DataError(f"{self.path} has learned no task yet; call learn first.")

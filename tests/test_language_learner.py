@@ -56,6 +56,32 @@ def test_a_learner_opened_between_tasks_goes_on_as_one_that_was_not(method: str,
     assert learners["a"].generate(prompts) == learners["b"].generate(prompts)
 
 
+class _Breaks:
+    """A watcher that fails after some steps."""
+
+    def step(self, *_: Any) -> None:
+        raise RuntimeError("the watcher failed")
+
+    def task(self, *_: Any) -> None:
+        raise AssertionError("no task was learned")
+
+
+def test_after_a_failed_task_everything_is_answered_from_disk(model: Path, tmp_path: Path) -> None:
+    learner = Learner.create(tmp_path / "l", model=model, method="sequential", **{**FAST, "lr": 0.1})
+    learner.learn(SUMS)
+    texts, rows = learner.generate(["1 and 2"]), learner._rules.load(SUMS, None)
+    entropy = learner.evaluate_tasks([(0, rows)])[0].cross_entropy
+    for ask in (
+        lambda: learner.generate(["1 and 2"]) == texts,
+        lambda: learner.evaluate_tasks([(0, rows)])[0].cross_entropy == entropy,
+        lambda: all(weight.isfinite().all() for weight in learner.model.parameters()) and not learner._stale,
+    ):
+        with pytest.raises(RuntimeError, match="watcher failed"):
+            learner.learn(LAMB, watch=_Breaks())
+        assert learner._stale and ask()
+    learner.learn(LAMB, discard_unfinished=True)
+
+
 def test_what_is_measured_and_recorded(model: Path, tmp_path: Path) -> None:
     learner = Learner.create(tmp_path / "l", model=model, method="sequential", keep_validation=2, **FAST)
     result = learner.learn(SUMS, name="sums")
