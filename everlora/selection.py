@@ -27,6 +27,7 @@ Where = str | Callable[[Row], bool]
 
 _COLUMN = re.compile(r"([A-Za-z_][\w.-]*)?=(.*)", re.DOTALL)
 _DECODED = "decoded"
+_OF_TOKENS = (None, "text", "output")  # compared with decoded tokens: any text of a row, or these columns
 _BLOCKS = (
     "Plain texts are kept in blocks of tokens, each looked at on its own: a text that the border of two blocks cuts is "
     "not found, and other blocks of the same text stay."
@@ -99,6 +100,7 @@ class Selection:
         condition: see `Condition`.
         rows: rows that equal one of these.
         unknown: how many rows in a buffer, of all looked at in one go, did not know what `condition` asks for.
+        unknown_kept: how many validation rows did not.
     """
 
     backbone: Backbone
@@ -109,6 +111,7 @@ class Selection:
     condition: Condition | None = None
     rows: Examples | None = None
     unknown: int = 0
+    unknown_kept: int = 0
 
     def __post_init__(self) -> None:
         self._inputs: set[bytes] = set()
@@ -132,12 +135,13 @@ class Selection:
     def remarks(self) -> list[str]:
         """Sentences on rows that could not be looked at."""
         found = []
-        if self.unknown and self.condition is not None:
-            asked = "text" if self.condition.column is None else f"column '{self.condition.column}'"
-            found.append(f"{self.unknown} rows in a replay buffer hold no {asked} to look at and stay; give the rows.")
+        for count, where in ((self.unknown, "rows in a buffer"), (self.unknown_kept, "validation rows")):
+            if count and self.condition is not None:
+                asked = "text" if self.condition.column is None else f"column '{self.condition.column}'"
+                found.append(f"There is no {asked} to look at in {count} of the {where}: they stay; give the rows.")
         if self._has_blocks:
             found.append(_BLOCKS)
-        if self.condition is not None and not self.condition.is_findable:
+        if self.condition is not None and self.condition.column in _OF_TOKENS and not self.condition.is_findable:
             found.append(_UNKNOWN_WORDS)
         return found
 
@@ -154,7 +158,9 @@ class Selection:
             if self.rows is not None and _key(_kept_content(examples, place)) not in self._inputs:
                 continue
             row = {**_kept_row(examples, place), "label": label, "task": name}
-            goes[place] = self.condition is None or bool(self.condition.holds(row))
+            answer = True if self.condition is None else self.condition.holds(row)
+            goes[place] = bool(answer)
+            self.unknown_kept += answer is None
         return goes
 
     def of_encoded(self, rows: Any, labels: Tensor, tasks: Tensor) -> Any:
@@ -182,7 +188,7 @@ class Selection:
         """What the condition says of a row; None where the row does not know."""
         if self.condition is None:
             return True
-        row: dict[str, Any] = {"row": int(rows.ids[place]), "label": label}
+        row: dict[str, Any] = {"row": int(rows.ids[place]) + 1, "label": label}
         row["task"] = self.names[task] if 0 <= task < len(self.names) else None
         return self.condition.holds({**row, **self._content(rows, place)})
 
@@ -201,7 +207,7 @@ class Selection:
 
 
 def _kept_row(examples: Examples, place: int) -> dict[str, Any]:
-    number = int(examples.ids[place])
+    number = int(examples.ids[place]) + 1  # as messages count rows
     if examples.modality == "image":
         return {"image": examples.inputs[place], "row": number}
     if examples.modality == "text":

@@ -27,7 +27,8 @@ def read_status(path: str | Path) -> dict[str, Any]:
             `num_truncated`, `created`;
         - `seconds`, `steps`, `peak_memory_bytes`, `trainable_parameters`, `stored_parameters`: its cost;
         - `accuracy_when_learned`, `accuracy_now`, `change` (their difference): fractions on the rows kept back from
-            the task, None where none were kept; `validation_size` is the number of these rows;
+            the task, None where none were kept; `validation_size` is the number of these rows. What is true now is
+            None, too, where some of them were forgotten since it was measured;
         - `cross_entropy_when_learned`, `cross_entropy_now`: nats a token of a language model on such rows, else None.
 
         What a learner did not write is None or empty. `accuracy_now` and `accuracy_when_learned` of the whole are the
@@ -91,7 +92,9 @@ def _describe(task: TaskData, latest: Mapping[str, Any]) -> dict[str, Any]:
     record, entry = task.record, task.entry
     cost = _mapping(record.get("cost"))
     key = str(entry.index)
-    first, last = _mapping(record.get("evaluation")).get(key), latest.get(key)
+    first, last = _mapping(record.get("evaluation")).get(key), _mapping(latest.get(key))
+    if _rows(last) not in (None, record.get("num_validation", _rows(last))):
+        last = {}  # rows were forgotten since
     then, now = _ratio(first, "correct", "size"), _ratio(last, "correct", "size")
     return {
         "index": entry.index,
@@ -116,6 +119,12 @@ def _describe(task: TaskData, latest: Mapping[str, Any]) -> dict[str, Any]:
         "cross_entropy_when_learned": _ratio(first, "nll", "tokens"),
         "cross_entropy_now": _ratio(last, "nll", "tokens"),
     }
+
+
+def _rows(cell: Mapping[str, Any]) -> int | None:
+    """How many rows a figure is of; language learners of earlier versions did not write it."""
+    rows: int | None = cell.get("size", cell.get("rows"))
+    return rows
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

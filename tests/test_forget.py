@@ -182,6 +182,24 @@ def test_a_predicate_sees_kept_rows_and_buffer_rows(vit: Path, tmp_path: Path) -
     assert record["left"] == dict(done.left)
 
 
+def test_rows_are_counted_from_one_and_columns_nobody_kept_are_said(bert: Path, tmp_path: Path) -> None:
+    learner = toy_learner(tmp_path / "l", bert, "probe", keep_validation=4)
+    learner.learn(toy_tasks("text", 1)[0])
+    kept = learner._kept_rows(0)
+    assert kept is not None
+    number, before = int(kept.ids[2]), len(kept)
+    asked = learner.forget(where="customer=42")
+    assert not asked.left
+    expected = f"There is no column 'customer' to look at in {before} of the validation rows: they stay; give the rows."
+    assert expected in asked.remaining
+    assert not any("tokenizer" in sentence for sentence in asked.remaining)
+    assert learner.forget(where=f"row={number + 1}").left == {"validation_rows": 1}
+    left = learner._kept_rows(0)
+    assert left is not None and sorted(left.ids) == sorted(set(kept.ids) - {number})
+    status = read_status(learner.path)["tasks"][0]
+    assert status["accuracy_now"] is None and status["accuracy_when_learned"] is not None
+
+
 def test_a_class_without_its_mean_is_not_predicted_any_more(bert: Path, tmp_path: Path) -> None:
     learner = toy_learner(tmp_path / "l", bert, "ncm", keep_validation=2)
     tasks = toy_tasks("text", 2)
@@ -272,8 +290,8 @@ def test_rows_of_a_language_model_leave(method: str, llama: Path, tmp_path: Path
     assert len(_found(learner.path, pieces)) == 3
     before = learner.generate(["1 and 2"])
     assert learner.forget(where="id=u7").left == {"validation_rows": 1}  # tokens know no such column
-    [stays] = [sentence for sentence in learner.forget(where="id=u7").remaining if "column 'id'" in sentence]
-    assert "hold no" in stays
+    told = [sentence for sentence in learner.forget(where="id=u7").remaining if "no column 'id'" in sentence]
+    assert len(told) == 2 and "of the rows in a buffer" in told[0] and "in 1 of the validation rows" in told[1]
     done = learner.forget(where="lily brown")
     assert done.left == {"buffer_rows": 1, "earlier_buffer_rows": 1}
     assert _found(learner.path, pieces) == []
@@ -363,7 +381,7 @@ def test_what_makes_no_sense_is_refused(vit: Path, tmp_path: Path) -> None:
         learner.forget(where="Ada", reason="ada asked")
     assert learner.digest == digest == Learner.open(learner.path).digest
     done = learner.forget(where="Ada")
-    assert not done.left and any("hold no text" in sentence for sentence in done.remaining)
+    assert not done.left and any("There is no text" in sentence for sentence in done.remaining)
 
 
 def test_blocks_of_plain_text_are_looked_at_one_by_one(llama: Path, tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_status_of_two_tasks_worked_by_hand(tmp_path: Path) -> None:
     assert json.loads(json.dumps(status)) == status
 
 
+def test_what_was_measured_on_rows_forgotten_since_is_not_said_to_be_true_now(tmp_path: Path) -> None:
+    _write(tmp_path / "learner", {"january": {**JANUARY, "num_validation": 9}, "february": FEBRUARY})
+    status = read_status(tmp_path / "learner")
+    first = status["tasks"][0]
+    assert (first["accuracy_when_learned"], first["accuracy_now"], first["change"]) == (0.9, None, None)
+    assert status["accuracy_now"] == 0.75
+
+
 def test_nothing_kept_back_gives_none_and_not_zero(tmp_path: Path) -> None:
     _write(tmp_path / "learner", {"january": {**JANUARY, "evaluation": {}}})
     status = read_status(tmp_path / "learner")

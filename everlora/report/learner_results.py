@@ -14,7 +14,8 @@ FORMAT = 1
 Record = Mapping[str, Any]
 _NOTES = (
     "Page of a learner, not of an experiment: one run, measured on the rows that were kept back from its tasks and "
-    "never trained on. Where none were kept, there is no accuracy; init --keep-validation N keeps some."
+    "never trained on, as many as there were at the time. Where none were kept, there is no accuracy; "
+    "init --keep-validation N keeps some."
 )
 
 
@@ -40,7 +41,7 @@ def learner_results(path: str | Path) -> dict[str, Any]:
         "panels": _panels(records),
         "resolved": settings,
     }
-    run |= {"language": _language(names, records)} if is_language else _counts(records)
+    run |= {"language": _language(names, records)} if is_language else _shares(records)
     return {
         "format": FORMAT,
         "recipe": {"title": f"Learner {Path(path).resolve().name}"},
@@ -79,15 +80,18 @@ def _panels(records: Sequence[Record]) -> dict[str, dict[str, list[float | None]
     return panels
 
 
-def _counts(records: Sequence[Record]) -> dict[str, Any]:
-    """Right answers on the kept rows of each task after each task."""
+def _shares(records: Sequence[Record]) -> dict[str, Any]:
+    """Accuracy on the kept rows of each task after each task, and how many they were at last.
+
+    Shares and not counts, as forgetting leaves fewer rows to later moments.
+    """
     count = len(records)
-    correct: list[list[int | None]] = [[None] * count for _ in records]
+    shares: list[list[float | None]] = [[None] * count for _ in records]
     sizes = [1] * count  # of a task that keeps no rows; it is measured nowhere
     for moment, record in enumerate(records):
         for key, cell in (record.get("evaluation") or {}).items():
-            correct[moment][int(key)], sizes[int(key)] = cell["correct"], cell["size"]
-    return {"correct": correct, "task_aware": None, "task_correct": None, "sizes": sizes}
+            shares[moment][int(key)], sizes[int(key)] = cell["correct"] / cell["size"], cell["size"]
+    return {"accuracy": shares, "sizes": sizes}
 
 
 def _language(names: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:

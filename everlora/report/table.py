@@ -225,9 +225,11 @@ def _matrix(run: Mapping[str, Any], stream: Mapping[str, Any]) -> AccuracyMatrix
     where = f"run '{run['method']}' with seed {run.get('seed')}"
     sizes = run.get("sizes") or _field(stream, "sizes", "stream")
     try:
-        matrix = AccuracyMatrix.from_counts(
-            _field(run, "correct", where), sizes, run.get("task_aware"), run.get("task_correct")
-        )
+        if "accuracy" in run:
+            matrix = AccuracyMatrix(run["accuracy"], sizes)
+        else:
+            right = _field(run, "correct", where)
+            matrix = AccuracyMatrix.from_counts(right, sizes, run.get("task_aware"), run.get("task_correct"))
     except EverloraError as error:
         raise DataError(f"{where}: {error}") from error
     expected = stream.get("num_tasks", matrix.num_tasks)

@@ -94,8 +94,8 @@ class LanguageScenario(Scenario[LanguageScore, LanguageEvaluation]):
 
     @staticmethod
     def plain(score: LanguageScore) -> dict[str, float]:
-        """What the cross-entropy is made of."""
-        return {"nll": score.nll, "tokens": score.tokens, "num_bytes": score.num_bytes}
+        """What the cross-entropy is made of, and of how many rows it is."""
+        return {"nll": score.nll, "tokens": score.tokens, "num_bytes": score.num_bytes, "rows": score.rows}
 
     def export(
         self,

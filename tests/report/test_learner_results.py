@@ -50,6 +50,12 @@ def test_accuracies_are_those_of_the_kept_rows(tmp_path: Path) -> None:
     assert "Learner mine" in page.text and "/models" not in page.text and "[base]" in page.text
 
 
+def test_after_rows_were_forgotten_each_accuracy_is_of_the_rows_of_its_time(tmp_path: Path) -> None:
+    cells = [{"0": {"correct": 4, "size": 10}}, {"0": {"correct": 1, "size": 2}, "1": {"correct": 3, "size": 4}}]
+    page = Page(render_report(learner_results(learner(tmp_path / "mine", "class_incremental", cells))))
+    assert page.tables["inflora"] == [["task", "1", "2"], ["after 1", "40.0", ""], ["after 2", "50.0", "75.0"]]
+
+
 def test_a_learner_that_keeps_no_rows_has_its_costs_and_tasks(tmp_path: Path) -> None:
     page = Page(render_report(learner_results(learner(tmp_path / "mine", "class_incremental", [{}, {}]))))
     assert page.tables[_tasks(page)][1][0] == "part0"
