@@ -182,12 +182,15 @@ def _sample(
 
 
 def _alignment_loss(heads: TaskHeads, features: Tensor, labels: Tensor, logit_norm: float | None) -> Tensor:
-    """Cross-entropy over all classes, on logits divided by their mean per-task norm when `logit_norm` is set."""
+    """Cross-entropy over all classes, on logits divided by their mean per-task norm when `logit_norm` is set.
+
+    Cosines are of one scale in all tasks as they are.
+    """
     device = next(heads.parameters()).device
     features, labels = features.to(device), labels.to(device)
-    blocks = [head(features) for head in heads.linears]
+    blocks = [heads.row_logits(features, task) for task in range(len(heads.heads))]
     logits = torch.cat(blocks, dim=1)
-    if logit_norm is not None:
+    if logit_norm is not None and not heads.cosine:
         norms = torch.stack([block.norm(dim=1, keepdim=True) for block in blocks])
         logits = logits / (norms.mean(dim=0) + 1e-7) / logit_norm
     return nn.functional.cross_entropy(heads.best_rows(logits), labels)

@@ -82,8 +82,7 @@ def _within(statistics: FeatureStatistics) -> Tensor:
     if not bool(torch.isfinite(statistics.gram).all()):
         raise NumericError("the Gram matrix of the features is not finite; check the rows and the model.")
     between = statistics.sums.T @ statistics.means()
-    freedom = statistics.count - int((statistics.counts > 0).sum())
-    return (statistics.gram - between) / max(freedom, 1)
+    return (statistics.gram - between) / max(statistics.freedom, 1)
 
 
 def _spectrum(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +113,7 @@ def _errors(statistics: FeatureStatistics, held_out: FeatureStatistics) -> tuple
     cross = judged.sums.T @ means
     scatter = judged.gram - cross - cross.T + (means * judged.counts[:, None]).T @ means
     spread = 1 + torch.where(known[:, 0], 1 / fitted.counts.clamp(min=1), 0.0)
-    scatter = scatter / float((spread * judged.counts).sum())
+    scatter = scatter / (float((spread * judged.counts).sum()) + judged.forgotten)
     values, vectors = _spectrum(_within(fitted))
     along = (vectors * (scatter @ vectors)).sum(dim=0)
     alive = values + along > _DEAD * values.mean()  # the rest would only reward the smallest penalty

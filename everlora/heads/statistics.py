@@ -28,6 +28,8 @@ class FeatureStatistics:
         gram: sum of `f f^T` over all rows, `(dim, dim)`; None where it is not kept.
         sums: sum of the features of each class, `(classes, dim)`.
         counts: rows of each class, `(classes,)` int64.
+        forgotten: degrees of freedom of classes whose sums and counts were taken out on request: how their rows
+            scattered about their mean stays in `gram`.
     """
 
     def __init__(self, dim: int, *, gram: bool = True) -> None:
@@ -35,6 +37,12 @@ class FeatureStatistics:
         self.gram = torch.zeros(dim, dim, dtype=torch.float64) if gram else None
         self.sums = torch.zeros(0, dim, dtype=torch.float64)
         self.counts = torch.zeros(0, dtype=torch.int64)
+        self.forgotten = 0
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the scatter of rows about the means of their classes."""
+        return self.count - int((self.counts > 0).sum()) + self.forgotten
 
     @property
     def count(self) -> int:
@@ -88,6 +96,7 @@ class FeatureStatistics:
             self.gram += other.gram
         self.sums[: len(other.sums)] += other.sums
         self.counts[: len(other.counts)] += other.counts
+        self.forgotten += other.forgotten
 
     def copy(self) -> FeatureStatistics:
         """Statistics of the same rows, which can be changed apart."""
@@ -103,7 +112,7 @@ class FeatureStatistics:
         """
         twin = FeatureStatistics(self.dim, gram=self.gram is not None)
         twin.gram = None if self.gram is None else matrix @ self.gram @ matrix.T
-        twin.sums, twin.counts = self.sums @ matrix.T, self.counts.clone()
+        twin.sums, twin.counts, twin.forgotten = self.sums @ matrix.T, self.counts.clone(), self.forgotten
         return twin
 
     def means(self) -> Tensor:
@@ -111,11 +120,13 @@ class FeatureStatistics:
         return self.sums / self.counts.clamp(min=1)[:, None]
 
     def state(self) -> dict[str, Tensor]:
-        """Gram matrix, sums and counts by name."""
+        """Gram matrix, sums and counts by name, and `forgotten` where something was."""
         gram = {} if self.gram is None else {"gram": self.gram.clone()}
-        return {**gram, "sums": self.sums.clone(), "counts": self.counts.clone()}
+        forgotten = {"forgotten": torch.tensor(self.forgotten)} if self.forgotten else {}
+        return {**gram, "sums": self.sums.clone(), "counts": self.counts.clone(), **forgotten}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` returned."""
         self.gram = None if self.gram is None else state["gram"].clone()
         self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
+        self.forgotten = int(state.get("forgotten", 0))

@@ -190,13 +190,18 @@ class _StatisticalHead(Method):
     def forget(self, request: Forgetting) -> dict[str, int]:
         """Let the sums of classes go: such a class is never predicted again, unless it is learned again."""
         left = super().forget(request)
-        request.remains(_GRAM if request.classes else INSEPARABLE)
         tasks = request.state.get(_PREFIX + "tasks", [])
         gone = {c for _, c in request.classes}
         elsewhere = {c for index, own in enumerate(tasks) for c in own if (index, c) not in request.classes}
         chosen = sorted(gone - elsewhere)
         kinds = [kind for kind in ("fitted", "held_out") if chosen and f"{_PREFIX}{kind}/sums" in request.state]
         seen = [_without(request.state, f"{_PREFIX}{kind}/", chosen) for kind in kinds]
+        if not request.classes:
+            request.remains(INSEPARABLE)
+        if gone & elsewhere:
+            request.remains(_OTHER_TASKS)
+        if any(f"{_PREFIX}{kind}/gram" in request.state for kind in kinds):
+            request.remains(_GRAM)
         return {**left, "class_sums": len(chosen)} if any(seen) else left
 
 
@@ -206,11 +211,16 @@ def _without(state: State, prefix: str, classes: list[int]) -> bool:
     own, rows = sums[classes], counts[classes]
     if state.get(prefix + "gram") is not None:
         state[prefix + "gram"] = state[prefix + "gram"] - own.T @ (own / rows.clamp(min=1)[:, None])
+        state[prefix + "forgotten"] = state.get(prefix + "forgotten", 0) + (rows - 1).clamp(min=0).sum()
     sums[classes], counts[classes] = 0, 0
     state[prefix + "sums"], state[prefix + "counts"] = sums, counts
     return bool(rows.any())
 
 
+_OTHER_TASKS = (
+    "Sums of features are over all tasks: those of a class that came with another task, too, stay until the class is "
+    "forgotten in all of them."
+)
 _GRAM = (
     "The Gram matrix of the features is one sum over all classes: the mean of a forgotten class was taken out of it, "
     "how its rows scattered about that mean cannot be."

@@ -46,6 +46,7 @@ class NearestClassMean(Method):
         self.tasks: list[tuple[int, ...]] = []
         self.sums: list[Tensor] = []
         self.counts: list[Tensor] = []
+        self._is_gathering = False
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Make room for the task's sums."""
@@ -65,13 +66,17 @@ class NearestClassMean(Method):
             self.sums[-1].index_add_(0, places, self._scaled(features).double().cpu())
             self.counts[-1].index_add_(0, places, torch.ones_like(places))
 
+        self._is_gathering = True
         collect(add, stage="class means", augment=False)
+        self._is_gathering = False  # a head of statistics makes a pass of its own next
         self.sums[-1], self.counts[-1] = (self.processes.sum(total) for total in (self.sums[-1], self.counts[-1]))
         if not bool(torch.isfinite(self.sums[-1]).all()):
             raise NumericError(f"task '{task.name}' gave features that are not finite; check its rows and the model.")
 
-    def gathered(self) -> State:
-        """Sums and counts of the task so far."""
+    def gathered(self) -> State | None:
+        """Sums and counts of the task so far, while they are made."""
+        if not self._is_gathering:
+            return None
         return {"sums": self.sums[-1], "counts": self.counts[-1]}
 
     def resume_gathering(self, state: State) -> None:

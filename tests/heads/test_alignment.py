@@ -67,6 +67,20 @@ def test_the_normalised_loss_ignores_a_common_scale_of_the_logits() -> None:
     assert not torch.allclose(_alignment_loss(heads, features, labels, None), plain)
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_loss_is_of_the_scores_that_the_heads_give(cosine: bool) -> None:
+    heads = TaskHeads(8)
+    heads.cosine = cosine
+    heads.add_task((0, 1))
+    heads.add_task((2, 3))
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(64, 8, generator=generator) + 3, torch.arange(64) % 4
+    expected = torch.nn.functional.cross_entropy(heads.class_logits(features), labels)
+    assert _alignment_loss(heads, features, labels, None).item() == pytest.approx(expected.item(), rel=1e-6)
+    if cosine:  # of one scale in all tasks as they are
+        assert _alignment_loss(heads, features, labels, 0.1).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_alignment_makes_separately_trained_heads_comparable() -> None:
     heads, statistics = _heads(), _statistics()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.distributions import MultivariateNormal
 
 from everlora.errors import NumericError
 from everlora.heads import FeatureStatistics
-from everlora.heads.discriminant import PENALTIES, fit_discriminant
+from everlora.heads.discriminant import PENALTIES, _within, fit_discriminant
+from everlora.methods.headed import _without
 
 NOTHING = FeatureStatistics(5)
 
@@ -101,6 +103,22 @@ def test_a_class_that_only_the_held_out_rows_have_is_learned_and_one_without_row
     fit = fit_discriminant(statistics, _of(features[held], labels[held]))
     scores = features @ fit.weight.T + fit.bias
     assert int(scores[79].argmax()) == 3 and bool((scores[:, 4] == -torch.inf).all())
+
+
+def test_the_covariance_stays_one_of_rows_after_classes_were_forgotten() -> None:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(400) % 10
+    features = 4 * torch.randn(10, 5, generator=generator)[labels] + torch.randn(400, 5, generator=generator)
+    statistics = _of(features, labels)
+    state: dict[str, Any] = {f"x/{name}": value for name, value in statistics.state().items()}
+    assert _without(state, "x/", list(range(2, 10)))
+    left = FeatureStatistics(5)
+    left.load_state({name.removeprefix("x/"): value for name, value in state.items()})
+    assert left.count == 80 and left.freedom == statistics.freedom == 390
+    assert torch.allclose(_within(left), _within(statistics), rtol=1e-9, atol=1e-12)
+    again = FeatureStatistics(5)
+    again.load_state(left.state())
+    assert again.copy().freedom == again.mapped(torch.eye(5, dtype=torch.float64)).freedom == 390
 
 
 def test_sums_that_are_not_finite_or_not_there_are_refused() -> None:

@@ -173,6 +173,16 @@ def test_a_task_that_is_cut_off_ends_with_the_same_bits(head: str, bert: Path, t
     assert len(course.met) == 3 and learner.digest == whole.digest
 
 
+@pytest.mark.parametrize("place", [2, 6])
+def test_a_task_without_training_that_is_cut_off_keeps_all_rows(place: int, bert: Path, tmp_path: Path) -> None:
+    whole = _learn(_learner(tmp_path / "whole", bert, "ncm", "ridge", eval_batch_size=6), TASKS[:2])
+    parts = _learner(tmp_path / "parts", bert, "ncm", "ridge", checkpoint_every=1, eval_batch_size=6)
+    _learn(parts, TASKS[:1])
+    course = Course(places=[("end", place, "after")])
+    learner = course.run(tmp_path / "parts", lambda learner: learner.learn(TASKS[1]))
+    assert len(course.met) == 1 and learner.digest == whole.digest
+
+
 @pytest.mark.parametrize("head", STATISTICAL)
 def test_a_forgotten_class_is_never_the_answer(
     head: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,9 +192,20 @@ def test_a_forgotten_class_is_never_the_answer(
     report = learner.forget(label=gone)
     again = Learner.open(tmp_path / "learner", device="cpu")
     assert all(answer.scores.get(gone, 0.0) == 0.0 for answer in again.predict(TASKS[0]))
-    assert any("Gram matrix" in sentence for sentence in report.remaining), report
+    assert any("Gram matrix" in sentence for sentence in report.remaining) == (head != "ncm"), report
     again.export(tmp_path / "merged", format="merged")
     _check_export(tmp_path / "merged", again, [name for name in learner.classes if name != gone], monkeypatch)
+
+
+@pytest.mark.parametrize("head", ["lda", "ncm"])
+def test_a_class_that_came_with_another_task_too_stays_and_that_is_said(head: str, bert: Path, tmp_path: Path) -> None:
+    learner = _learner(tmp_path / "learner", bert, "probe", head, scenario="domain_incremental")
+    for seed, name in enumerate(("one", "two")):
+        learner.learn(toy_texts(["a", "b"], 6, seed=seed), name=name)
+    report = learner.forget(task="one")
+    assert Learner.open(tmp_path / "learner", device="cpu").method.head.counts().tolist() == [12, 12]
+    assert any("came with another task, too" in sentence for sentence in report.remaining)
+    assert not any("Gram matrix" in sentence for sentence in report.remaining)
 
 
 def test_an_older_learner_has_the_head_it_was_made_with(bert: Path, tmp_path: Path) -> None:
