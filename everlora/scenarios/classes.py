@@ -30,7 +30,7 @@ class ClassScenario(Scenario[Counts, Evaluation]):
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Take account of the tasks learned so far, from what was recorded of them."""
         super().restore(records)
-        self._label_kind = records[-1]["label_kind"] if records else None
+        self._label_kind = next((record["label_kind"] for record in records if record["label_kind"]), None)
 
     def add_task(self, examples: Examples) -> tuple[str, ...]:
         """Take account of one more task; return its labels."""
@@ -43,10 +43,11 @@ class ClassScenario(Scenario[Counts, Evaluation]):
         Columns.from_mapping(columns)
 
     def load(self, dataset: Any, columns: Mapping[str, str | None] | None) -> Examples:
-        """Read labelled rows; labels must be of one kind throughout."""
+        """Read labelled rows; labels must be of one kind throughout, where their source has kinds: a CSV has names."""
         named = {**self.columns, **{key: value for key, value in (columns or {}).items() if value}}
         examples = load_examples(dataset, columns=Columns.from_mapping(named), **self._options())
-        if self._label_kind not in (None, examples.label_kind) and not set(examples.classes) <= set(self.classes):
+        is_same_kind = None in (self._label_kind, examples.label_kind) or self._label_kind == examples.label_kind
+        if not is_same_kind and not set(examples.classes) <= set(self.classes):
             raise DataError(
                 f"the labels of this data are of kind '{examples.label_kind}' (such as '{examples.classes[0]}'), those "
                 f"learned before of kind '{self._label_kind}' (such as '{self.classes[0]}'); use one naming for all."

@@ -144,7 +144,7 @@ def read_groups(table: Table, name: str) -> NDArray[np.object_]:
 
 
 def read_labels(table: Table, name: str) -> tuple[NDArray[np.object_], tuple[str, ...]]:
-    """Return the labels of a column as names.
+    """Return the labels of a column as names; those of a file without types are the cells as they stand there.
 
     Args:
         table: the raw data.
@@ -164,7 +164,7 @@ def read_labels(table: Table, name: str) -> tuple[NDArray[np.object_], tuple[str
         where = f"{table.origin}: row {index + 1}"
         if value is None or value == "" or (column.kind == "class" and value == -1):
             raise DataError(f"{where} has no label in column '{name}'; fill it or drop the row")
-        kinds.setdefault(_label_type(value, where, name), index)
+        kinds.setdefault(_label_type(column, value, where, name), index)
         if len(kinds) > 1:
             (kind, _), (other, row) = kinds.items()
             raise DataError(
@@ -176,17 +176,22 @@ def read_labels(table: Table, name: str) -> tuple[NDArray[np.object_], tuple[str
     return np.array(names, dtype=object), declared
 
 
-def _label_type(value: Any, where: str, name: str) -> str:
-    if isinstance(value, str):
+def _label_type(column: Column, value: Any, where: str, name: str) -> str:
+    # A column of fractions is a measurement that was taken for the labels, in a file without types, too.
+    if isinstance(value, str) and (column.kind != "float" or _is_whole(float(value))):
         return "name"
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return "number"
-    if isinstance(value, float | np.floating) and math.isfinite(value) and float(value).is_integer():
+    if isinstance(value, float | np.floating) and _is_whole(float(value)):
         return "number"
     raise DataError(
-        f"{where} has the label {value!r} in column '{name}'; labels must be names or whole numbers: rewrite "
+        f"{where} has the label {value} in column '{name}'; labels must be names or whole numbers: rewrite "
         f"the column or name another with --label-column"
     )
+
+
+def _is_whole(number: float) -> bool:
+    return math.isfinite(number) and number.is_integer()
 
 
 def _class_name(column: Column, value: Any) -> str:

@@ -50,6 +50,7 @@ class Examples:
         ids: `(n,)` int64, the stable id of each row in its source; randomness that belongs to a row is keyed by it.
         groups: `(n,)` object array of `str`, the row's value in the task (domain) column where there is one.
         class_names: the source's own list of classes, in its own order; may name classes without rows here.
+        has_typed_labels: whether the source tells numbers from names. A CSV does not: its labels are names, 14 and 12a.
     """
 
     modality: Modality
@@ -58,6 +59,7 @@ class Examples:
     ids: NDArray[np.int64]
     groups: NDArray[np.object_] | None = None
     class_names: tuple[str, ...] | None = None
+    has_typed_labels: bool = True
 
     def __post_init__(self) -> None:
         for name in ("labels", "ids", "groups"):
@@ -81,8 +83,8 @@ class Examples:
 
     @property
     def label_kind(self) -> Literal["integer", "name"] | None:
-        """`"integer"` when every label is a whole number, `"name"` otherwise, None without labels."""
-        if self.labels is None or not len(self):
+        """`"integer"` when every label is a whole number, `"name"` otherwise, None without labels or their types."""
+        if self.labels is None or not len(self) or not self.has_typed_labels:
             return None
         return "integer" if all(_INTEGER.fullmatch(name) for name in self.classes) else "name"
 
@@ -171,6 +173,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
         ids=_join_ids([part.ids for part in parts]),
         groups=_join_objects([part.groups for part in parts]),
         class_names=class_names,
+        has_typed_labels=all(part.has_typed_labels for part in parts),
     )
 
 

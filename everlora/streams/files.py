@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.csv
 import pyarrow.parquet
 
 from everlora.errors import DataError, nearest
 from everlora.streams.images import IMAGE_SUFFIXES
-from everlora.streams.table import (
-    Column,
-    Source,
-    Table,
-    join_tables,
-    table_from_arrow,
-    table_from_dataset,
-    table_from_rows,
-)
+from everlora.streams.table import Column, Source, Table, join_tables, table_from_arrow, table_from_dataset
+from everlora.streams.text_files import read_delimited, read_json, read_json_lines, read_plain_text, reason
 
 __all__ = ["DATA_SUFFIXES", "SPLIT_NAMES", "read_path", "split_name"]
 
@@ -41,7 +29,10 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-_LABEL_COLUMN, _IMAGE_COLUMN, _TEXT_COLUMN = "label", "image", "text"
+_LABEL_COLUMN, _IMAGE_COLUMN = "label", "image"
+# How the names of texts begin that lie beside data and are none.
+_NOTES = ("readme", "license", "licence", "copying", "notice", "citation", "changelog")
+_MOST_LISTED = 5
 
 
 def split_name(name: str) -> str | None:
@@ -62,7 +53,8 @@ def read_path(path: Path) -> Source:
         Its splits.
 
     Raises:
-        DataError: the file type is not known, the file is broken, or the folder holds no data.
+        DataError: the file type is not known, the file is broken, the folder holds no data, or only some of its files
+            or folders are called after splits.
     """
     if path.is_file():
         return Source({"train": _read_file(path)}, is_divided=False)
@@ -72,9 +64,9 @@ def read_path(path: Path) -> Source:
         files = _data_files(folder)
         if files:
             return _read_files(folder, files)
-    divided = {split_name(child.name): child for child in _folders(path) if child.name.lower() in SPLIT_NAMES}
+    divided = _split_folders(path)
     if divided:
-        return _read_divided(path, {split: child for split, child in divided.items() if split is not None})
+        return _read_divided(divided)
     texts = _text_files(path)
     if texts:
         return _read_files(path, texts)
@@ -84,12 +76,12 @@ def read_path(path: Path) -> Source:
 def _read_file(path: Path) -> Table:
     suffix = path.suffix.lower()
     readers = {
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".json": _read_json,
-        ".jsonl": _read_json_lines,
+        ".csv": read_delimited,
+        ".tsv": read_delimited,
+        ".json": read_json,
+        ".jsonl": read_json_lines,
         ".parquet": _read_parquet,
-        _TEXT_SUFFIX: _read_plain_text,
+        _TEXT_SUFFIX: read_plain_text,
     }
     if suffix in IMAGE_SUFFIXES:
         raise DataError(f"{path} is an image; give the folder that holds it")
@@ -102,89 +94,8 @@ def _read_parquet(path: Path) -> Table:
     try:
         table = pyarrow.parquet.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({_reason(error)}); write it anew") from error
+        raise DataError(f"{path} cannot be read as Parquet ({reason(error)}); write it anew") from error
     return table_from_arrow(table, str(path), folder=path.parent)
-
-
-def _read_csv(path: Path) -> Table:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file, delimiter=delimiter), [])
-        if not names:
-            raise DataError(f"{path} is empty; its first line must name the columns")
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise DataError(f"{path} has two columns named '{repeated[0]}'; rename one")
-        table = pyarrow.csv.read_csv(
-            path,
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            # Types are found below: Arrow's own guesses turn labels such as 007, true or 2024-01-01 into other things.
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False, check_utf8=True
-            ),
-        )
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (pa.ArrowException, csv.Error, OSError) as error:
-        raise DataError(
-            f"{path} cannot be read as a table ({_reason(error)}); check quotes, columns, separator"
-        ) from error
-    columns = {name: _typed(table.column(name)) for name in table.column_names}
-    return Table(origin=str(path), columns=columns, num_rows=table.num_rows, folder=path.parent)
-
-
-def _typed(column: Any) -> Column:
-    """Take a column of strings as numbers where nothing is lost by it, as texts otherwise."""
-    for kind, dtype in (("integer", pa.int64()), ("float", pa.float64())):
-        try:
-            numbers = column.cast(dtype)
-        except pa.ArrowException:
-            continue
-        if kind == "float" or pyarrow.compute.all(pyarrow.compute.equal(numbers.cast(pa.string()), column)).as_py():
-            return Column("integer" if kind == "integer" else "float", numbers)
-        break
-    return Column("text", column)
-
-
-def _read_json_lines(path: Path) -> Table:
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {number} is not JSON ({_reason(error)}); correct it") from error
-    return table_from_rows(rows, str(path), folder=path.parent)
-
-
-def _read_json(path: Path) -> Table:
-    text = _read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if "Extra data" in str(error):
-            return _read_json_lines(path)
-        raise DataError(f"{path} is not JSON ({_reason(error)}); correct it") from error
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content = content["data"]
-    if not isinstance(content, list):
-        raise DataError(f"{path} holds no list of rows; write a list of objects, or one object per line in a .jsonl")
-    return table_from_rows(content, str(path), folder=path.parent)
-
-
-def _read_plain_text(path: Path) -> Table:
-    return Table(str(path), {_TEXT_COLUMN: Column("text", [_read_text(path)])}, 1, path.parent)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _read_saved(path: Path) -> Source:
@@ -192,7 +103,7 @@ def _read_saved(path: Path) -> Source:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # that library raises whatever its parsers raise
-        raise DataError(f"{path} is not a data set that can be loaded ({_reason(error)}); save it anew") from error
+        raise DataError(f"{path} is not a data set that can be loaded ({reason(error)}); save it anew") from error
     if isinstance(saved, datasets.DatasetDict):
         tables = {str(name): table_from_dataset(part, f"{path} ({name})") for name, part in saved.items()}
         return Source({SPLIT_NAMES.get(name.lower(), name): table for name, table in tables.items()}, is_divided=True)
@@ -200,11 +111,7 @@ def _read_saved(path: Path) -> Source:
 
 
 def _read_files(folder: Path, files: list[Path]) -> Source:
-    shards: dict[str, list[Path]] = {}
-    for file in files:
-        split = split_name(file.stem)
-        if split is not None:
-            shards.setdefault(split, []).append(file)
+    shards = _split_files(folder, files)
     if not shards:
         return Source({"train": join_tables([_read_file(file) for file in files], str(folder))}, is_divided=False)
     tables = {
@@ -214,7 +121,58 @@ def _read_files(folder: Path, files: list[Path]) -> Source:
     return Source(tables, is_divided=True)
 
 
-def _read_divided(path: Path, folders: dict[str, Path]) -> Source:
+def _split_files(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Share files out to the splits that their names begin with; empty where no name does.
+
+    Raises:
+        DataError: a file of data is of no split while others are of one: it would be passed over in silence.
+    """
+    shards: dict[str, list[Path]] = {}
+    others = []
+    for file in files:
+        split = split_name(file.stem)
+        if split is not None:
+            shards.setdefault(split, []).append(file)
+        elif not (file.suffix.lower() == _TEXT_SUFFIX and file.stem.lower().startswith(_NOTES)):
+            others.append(file.name)
+    if shards and others:
+        found = _listed([file.name for members in shards.values() for file in members])
+        raise DataError(
+            f"{folder} has files of splits ({found}) and files of none ({_listed(others)}); begin each name with "
+            "train, validation or test (train-january.csv), or none of them"
+        )
+    return shards
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """Return the sub-folder of each split; none where one called `train` is a class of images like those beside it.
+
+    Raises:
+        DataError: some sub-folders are splits and others with data are not, or a split has two.
+    """
+    named = [child for child in _folders(path) if child.name.lower() in SPLIT_NAMES]
+    others = [child.name for child in _folders(path) if child not in named and _holds_data(child)] if named else []
+    if others and not any(_folders(child) or _data_files(child) or _text_files(child) for child in named):
+        return {}
+    if others:
+        raise DataError(
+            f"{path} has folders of splits ({', '.join(child.name for child in named)}) and folders of none "
+            f"({_listed(others)}); call each train, validation or test, or none of them"
+        )
+    folders: dict[str, Path] = {}
+    for child in named:
+        first = folders.setdefault(SPLIT_NAMES[child.name.lower()], child)
+        if first is not child:
+            raise DataError(f"{path} has two folders of one split, {first.name} and {child.name}; put them into one")
+    return folders
+
+
+def _read_divided(folders: dict[str, Path]) -> Source:
     """Read a folder with one sub-folder per split, each of data files or of class folders."""
     files = {split: _data_files(folder) or _text_files(folder) for split, folder in folders.items()}
     if all(files.values()):
@@ -259,6 +217,10 @@ def _text_files(folder: Path) -> list[Path]:
     return [] if files and _image_files(folder) else files
 
 
+def _holds_data(folder: Path) -> bool:
+    return bool(_data_files(folder) or _text_files(folder) or _image_files(folder))
+
+
 def _class_folders(folder: Path) -> list[str]:
     return sorted(child.name for child in _folders(folder) if _image_files(child))
 
@@ -276,8 +238,3 @@ def _folders(folder: Path) -> list[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.name[0] not in "._")
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -137,6 +137,7 @@ def _build(table: Table, options: LoadOptions) -> Examples:
         ids=np.arange(table.num_rows, dtype=np.int64),
         groups=None if found.task is None else read_groups(table, found.task),
         class_names=class_names,
+        has_typed_labels=found.label is None or table.columns[found.label].is_typed,
     )
 
 

@@ -10,13 +10,30 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from PIL import Image
 
 from everlora.errors import DataError
 
-__all__ = ["Column", "Source", "Table", "join_tables", "table_from_arrow", "table_from_dataset", "table_from_rows"]
+__all__ = [
+    "Column",
+    "Source",
+    "Table",
+    "column_of_cells",
+    "join_tables",
+    "table_from_arrow",
+    "table_from_dataset",
+    "table_from_rows",
+]
 
 Kind = Literal["text", "class", "integer", "float", "boolean", "image", "other"]
+
+# How the cells of a file without types look, the first that all cells of a column match; 007 is a code and no number.
+_LOOKS: tuple[tuple[Kind, str], ...] = (
+    ("integer", r"\A(?:0|-?[1-9][0-9]*)\z"),
+    ("text", r"\A-?[0-9]+\z"),
+    ("float", r"(?i)\A[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?|nan|inf|infinity)\z"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +44,13 @@ class Column:
         kind: what its values are; `"class"` is an index into `class_names`, `"other"` anything unusable or mixed.
         data: the values; an Arrow column is turned into Python values only when asked for.
         class_names: names of a `"class"` column.
+        is_typed: whether the source has types. The cells of a CSV are strings, whatever `kind` they look like.
     """
 
     kind: Kind
     data: Any
     class_names: tuple[str, ...] | None = None
+    is_typed: bool = True
 
     def to_list(self) -> list[Any]:
         """Return the values as Python objects."""
@@ -66,6 +85,19 @@ class Source:
 
     tables: Mapping[str, Table]
     is_divided: bool
+
+
+def column_of_cells(cells: Any) -> Column:
+    """Wrap the cells of a file without types, such as a CSV, as the strings they are.
+
+    Args:
+        cells: a `pyarrow.ChunkedArray` of strings.
+
+    Returns:
+        The column, of the kind that all cells look like; an empty one is of texts.
+    """
+    looks = (kind for kind, look in _LOOKS if pa.compute.all(pa.compute.match_substring_regex(cells, look)).as_py())
+    return Column(next(looks, "text"), cells, is_typed=False)
 
 
 def table_from_arrow(table: Any, origin: str, *, features: Any = None, folder: Path | None = None) -> Table:
@@ -130,7 +162,8 @@ def join_tables(tables: Sequence[Table], origin: str) -> Table:
         One table.
 
     Raises:
-        DataError: the shards have different columns, kinds of values or class lists.
+        DataError: the shards have different columns, kinds of values or class lists. Files without types differ in
+            columns only.
     """
     first = tables[0]
     if len(tables) == 1:
@@ -140,13 +173,30 @@ def join_tables(tables: Sequence[Table], origin: str) -> Table:
         shards = []
         for table in tables:
             other = table.columns.get(name)
-            if other is None or (other.kind, other.class_names) != (column.kind, column.class_names):
+            if other is None or not _agree(column, other):
                 found = "has no such column" if other is None else "holds other types or classes there"
                 raise DataError(f"{table.origin} {found} ('{name}') than {first.origin}; shards must agree")
             shards.append(other)
-        values = [value for shard in shards for value in shard.to_list()]
-        columns[name] = Column(column.kind, values, column.class_names)
+        columns[name] = _join_columns(shards)
     return Table(origin, columns, sum(table.num_rows for table in tables), first.folder)
+
+
+def _agree(one: Column, other: Column) -> bool:
+    is_typed = one.is_typed or other.is_typed
+    return not is_typed or (one.kind, one.class_names) == (other.kind, other.class_names)
+
+
+def _join_columns(shards: Sequence[Column]) -> Column:
+    first = shards[0]
+    if not any(shard.is_typed for shard in shards):
+        return column_of_cells(
+            pa.chunked_array([chunk for shard in shards for chunk in shard.data.chunks], pa.string())
+        )
+    values = [value for shard in shards for value in shard.to_list()]
+    if all(shard.is_typed for shard in shards):
+        return Column(first.kind, values, first.class_names)
+    # Numbers of a typed file beside cells are written as such a file would write them: 3 and the cell 3 are one label.
+    return Column(first.kind, [value if value is None else str(value) for value in values], is_typed=False)
 
 
 def _arrow_column(column: Any, feature: Any) -> Column:

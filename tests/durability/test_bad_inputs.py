@@ -57,6 +57,15 @@ def _csv(content: str | bytes, name: str = "rows.csv") -> Callable[[Path], Path]
     return make
 
 
+def _folder(*files: Callable[[Path], Path]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        for file in files:
+            file(folder)
+        return folder
+
+    return make
+
+
 # what is wrong, the data, words of the complaint
 TEXTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "an empty file": (_csv(""), ("rows.csv", "is empty")),
@@ -70,13 +79,25 @@ TEXTS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
         _csv('{"text": "a", "label": "x"}\n{"text": "b", "label": 3}\n', "rows.jsonl"),
         ("row 2 has a number as label while earlier rows have a name",),
     ),
-    "labels of another kind than before": (_csv("text,label\na b,1\nc d,2\n"), ("'integer'", "'name'")),
+    "labels of another kind than before": (
+        _csv('{"text": "a b", "label": 1}\n{"text": "c d", "label": 2}\n', "rows.jsonl"),
+        ("'integer'", "'name'"),
+    ),
     "a NaN as label": (
         _csv('{"text": "a", "label": NaN}\n{"text": "b", "label": 1}\n', "rows.jsonl"),
         ("row 1", "nan"),
     ),
     "a missing text": (_csv('{"text": "a", "label": "x"}\n{"label": "y"}\n', "rows.jsonl"), ("row 2", "no text")),
-    "no UTF-8": (_csv(b"text,label\n\xff\xfe,x\n"), ("rows.csv",)),
+    "no UTF-8": (_csv(b"text,label\n\xff\xfe,x\n"), ("rows.csv", "save it as UTF-8")),
+    "no UTF-8 far from the start": (
+        _csv(b"text,label\n" + b"a b,x\n" * 9000 + b"\xe9,y\n"),
+        ("rows.csv", "save it as UTF-8"),
+    ),
+    "semicolons": (_csv("text;label\na b;x\nc d;y\n"), ("rows.csv", "separator seems to be ';'", "commas")),
+    "a file of no split": (
+        _folder(_csv("text,label\na b,x\n", "train-a.csv"), _csv("text,label\nc d,y\n")),
+        ("train-a.csv", "files of none (rows.csv)", "begin each name"),
+    ),
     "cut in a quotation": (_csv('text,label\n"a b,x\nc'), ("rows.csv",)),
     "no JSON": (_csv('{"text": "a"', "rows.jsonl"), ("rows.jsonl", "line 1", "not JSON")),
     "JSON without end": (_csv('{"a":' * 5000, "rows.jsonl"), ("rows.jsonl", "line 1", "not JSON")),

@@ -41,6 +41,9 @@ def test_label_kind() -> None:
     assert texts(("x", "1"), ("y", "12")).label_kind == "integer"
     assert texts(("x", "1"), ("y", "one")).label_kind == "name"
     assert dataclasses.replace(texts(("x", "1")), labels=None).label_kind is None
+    untyped = dataclasses.replace(texts(("x", "1"), ("y", "2")), has_typed_labels=False)
+    assert untyped.label_kind is None and untyped.select([0]).label_kind is None
+    assert concatenate([untyped, texts(("z", "3"))]).label_kind is None
 
 
 def test_select_by_index_and_mask() -> None:

@@ -173,7 +173,7 @@ def test_csv_values_keep_their_spelling(tmp_path: Path) -> None:
     numbers = write_csv(tmp_path / "numbers.csv", "\ufefftext,label\n1,10\n2,9\n")
     examples = load_examples(numbers, columns=Columns(text="text"))
     assert (list(examples.inputs), examples.classes) == (["1", "2"], ("9", "10"))
-    assert examples.label_kind == "integer"
+    assert examples.label_kind is None, "a CSV has no types"
 
 
 def test_task_column_becomes_groups() -> None:
@@ -252,10 +252,14 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_shards_must_agree(tmp_path: Path) -> None:
-    write_rows(tmp_path, ".csv", ROWS, "train-0")
-    write_rows(tmp_path, ".csv", [{"text": "a", "label": 3}], "train-1")
-    with pytest.raises(DataError, match=r"train-1.csv .*'label'"):
+    write_rows(tmp_path, ".jsonl", ROWS, "train-0")
+    write_rows(tmp_path, ".jsonl", [{"text": "a", "label": 3}], "train-1")
+    with pytest.raises(DataError, match=r"train-1.jsonl holds other types .*'label'"):
         load_examples(tmp_path)
+    write_rows(tmp_path / "tables", ".csv", ROWS, "train-0")
+    write_rows(tmp_path / "tables", ".csv", [{"text": "a", "kind": "b"}], "train-1")
+    with pytest.raises(DataError, match=r"train-1.csv has no such column \('label'\)"):
+        load_examples(tmp_path / "tables")
 
 
 def test_what_does_not_exist_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
