@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everlora.cli import output
+from everlora.cli.destinations import check_file
 from everlora.cli.parameters import AsJson, Debug, split_names
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def compare(
     from everlora.comparison import compare as compare_runs
 
     wanted = _format(form, out)
+    if out is not None:
+        check_file(out)
     found = compare_runs(
         folders,
         baseline=baseline,

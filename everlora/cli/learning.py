@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,9 +28,12 @@ from everlora.cli.parameters import (
 from everlora.cli.progress import StageProgress
 
 if TYPE_CHECKING:
+    from everlora.learner import Learner
     from everlora.results import TaskResult
 
 __all__ = ["init", "learn"]
+
+logger = logging.getLogger("everlora.cli")
 
 TaskSettings = Annotated[
     list[str] | None,
@@ -162,10 +167,27 @@ def learn(
         given = {"name": name, "validation": validation, "columns": columns, "progress": progress, **options}
         with signals_ask():
             result = learner.learn(data, **given)
+    if output.is_first():
+        _warn_of_rows_learned_twice(learner)
     if as_json:
         output.emit_json(result)
         return
     _print_task(result)
+
+
+def _warn_of_rows_learned_twice(learner: Learner) -> None:
+    """Name the earlier task whose rows the newest one has, all of them and no other."""
+    *earlier, newest = learner.card()["tasks"]
+    same = [task["name"] for task in earlier if task.get("data_sha256", "") == newest["data_sha256"]]
+    if same:
+        logger.warning(
+            "the rows of task '%s' are those of task '%s', which was learned already; if that was a mistake, "
+            "take it back with: everlora rollback %s --to-task %d",
+            newest["name"],
+            same[0],
+            shlex.quote(str(learner.path)),
+            len(earlier),
+        )
 
 
 def _print_task(result: TaskResult) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from everlora.cli import output
+from everlora.cli.destinations import check_file
 from everlora.cli.parameters import AsJson, Debug
 
 __all__ = ["report"]
@@ -29,8 +30,7 @@ def report(
     kind = "run" if (folder / RESULTS).is_file() else "learner"
     # A learner's folder holds what the learner wrote, and nothing else.
     page = out or (folder / PAGE if kind == "run" else Path(f"{folder.resolve().name}-{PAGE}"))
-    if page.is_dir():
-        raise typer.BadParameter(f"expected a file to write, found the folder {page}", param_hint="--out")
+    check_file(page)
     from everlora.report import write_report
 
     write_report(results, page)

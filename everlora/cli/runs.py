@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from everlora.cli import completion, output
+from everlora.cli.destinations import check_folder
 from everlora.cli.parameters import (
     AsJson,
     CheckpointEvery,
@@ -92,6 +93,7 @@ def run(
     from everlora.experiments import load_recipe
 
     load_recipe(recipe)  # a mistake in its name or text is told before torch is loaded, which takes seconds
+    check_folder(Path.cwd() if out is None else out)
     with StageProgress() as progress:
         from everlora.experiments import run as run_recipe
         from everlora.training import signals_ask

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from everlora.cli import output
+from everlora.cli.destinations import check_folder
 from everlora.cli.parameters import (
     AsJson,
     Debug,
@@ -81,6 +84,7 @@ def sweep(
     if first_task and validation is not None:
         raise typer.BadParameter("choose one of --first-task and --validation", param_hint="--validation")
     space = _space(grid)
+    check_folder(out)
     with StageProgress() as progress:
         from everlora.sweep import sweep as search
         from everlora.training import signals_ask
@@ -107,7 +111,8 @@ def sweep(
     if as_json:
         output.emit_json(results)
     else:
-        _print(results, recipe)
+        common = _words({"--data": data, "--model": model, "--setting": setting}, settings or ())
+        _print(results, recipe, common)
 
 
 def _space(words: list[str]) -> dict[str, Any]:
@@ -124,7 +129,14 @@ def _space(words: list[str]) -> dict[str, Any]:
     return space
 
 
-def _print(results: dict[str, Any], recipe: str) -> None:
+def _words(given: Mapping[str, str | None], settings: Sequence[str]) -> list[str]:
+    """What the settings of a sweep have in common, as `everlora run` takes it."""
+    pairs = [(option, value) for option, value in given.items() if value is not None]
+    pairs += [("--set", setting) for setting in settings]
+    return [word for pair in pairs for word in pair]
+
+
+def _print(results: dict[str, Any], recipe: str, common: Sequence[str]) -> None:
     from everlora.report.sweep import best_lines, sweep_columns, sweep_rows
 
     how = "first task" if results["first_task"] else "whole stream"
@@ -133,7 +145,8 @@ def _print(results: dict[str, Any], recipe: str) -> None:
     for line in best_lines(results):
         output.line(line)
     for row, best in results["best"].items():
-        output.line(f"Run it: everlora run {recipe} --methods {row} {best['set']}".rstrip())
+        command = shlex.join(["everlora", "run", recipe, "--methods", row, *common])
+        output.line(f"Run it: {command} {best['set']}".rstrip())
     folder = Path(results["folder"])
     output.line(f"Results: {folder / 'sweep.json'}, {folder / 'sweep.md'}")
     output.line(f"Picture: {folder / 'sweep.html'}")

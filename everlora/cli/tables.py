@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from everlora.cli.destinations import check_file, writing
 from everlora.errors import DataError, nearest
 from everlora.store import LearnerStore
 from everlora.streams import Columns, Examples, load_dialogues, load_examples
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["InputTable", "check_output", "read_inputs", "read_table", "titles", "write_table"]
 
 OUTPUT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+_MOST_CHARACTERS = 2**31 - 1  # of a cell: the most that the csv module takes on every platform
 
 Ranked = Sequence[tuple[str, float]] | str
 """Labels with their scores, best first, or a text."""
@@ -51,12 +54,14 @@ def check_output(path: Path) -> None:
     """Refuse a file that could not be written later, before any work is done.
 
     Raises:
-        DataError: another suffix than the four known ones, or the folder does not exist.
+        DataError: another suffix than the four known ones, the folder does not exist, `path` is one itself, or
+            nothing can be written there.
     """
     if path.suffix.lower() not in OUTPUT_SUFFIXES:
         raise DataError(f"{path}: cannot write a '{path.suffix}' file; {nearest(path.suffix, OUTPUT_SUFFIXES)}")
     if not path.absolute().parent.is_dir():
         raise DataError(f"{path}: its folder does not exist; make it, or give another --output.")
+    check_file(path, "--output")
 
 
 def read_table(path: Path) -> InputTable:
@@ -93,6 +98,7 @@ def _values(column: Column) -> list[Any]:
 
 
 def _read_delimited(path: Path) -> InputTable:
+    csv.field_size_limit(_MOST_CHARACTERS)  # of the whole process; without it a document in a cell is refused
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=_delimiter(path))
         return InputTable(tuple(reader.fieldnames or ()), list(reader))
@@ -155,7 +161,7 @@ def write_table(
         of these names already.
 
     Raises:
-        DataError: the rows cannot be written in this format.
+        DataError: the rows cannot be written in this format, or the disk refuses.
     """
     columns = _added_columns(table.names, answers, chosen)
     writers: dict[str, Callable[[Any], None]] = {
@@ -165,7 +171,8 @@ def write_table(
         ".tsv": lambda file: _write_delimited(file, table, columns, "\t"),
     }
     suffix = path.suffix.lower()
-    _replace_file(path, writers[suffix], is_binary=suffix == ".parquet")
+    with writing(path, "--output"):
+        _replace_file(path, writers[suffix], is_binary=suffix == ".parquet")
     return list(columns)
 
 

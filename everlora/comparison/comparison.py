@@ -17,7 +17,7 @@ from everlora.comparison.tables import Choices, StreamTable, stream_tables
 from everlora.errors import DataError, OptionError, nearest
 from everlora.metrics import CAVEATS, STANDING_WARNING
 from everlora.report import CaptionedTable
-from everlora.store.files import replace_file
+from everlora.report.page import write_text
 
 __all__ = ["FORMATS", "Comparison", "Format", "compare", "format_of"]
 
@@ -124,15 +124,13 @@ class Comparison:
 
         Raises:
             OptionError: the suffix says no format, or there is no such format.
-            DataError: the folder of the file does not exist.
+            DataError: the folder of the file does not exist, the path is one, or it cannot be written.
         """
         path = Path(path)
         text = self.render(format_of(path) if form is None else form)
         if not path.absolute().parent.is_dir():
             raise DataError(f"{path}: its folder does not exist; make it, or write to another place.")
-        if path.is_dir():
-            raise DataError(f"{path} is a folder; give the name of a file.")
-        replace_file(path, text.encode("utf-8"))
+        write_text(path, text)
         return path
 
     def _repr_markdown_(self) -> str:

@@ -26,7 +26,7 @@ class Source:
     Attributes:
         value: what `load_splits` is given: a path, hub id, built-in name or data in memory.
         columns: column names, `None` to find them by type.
-        kind: `given`, `builtin`, `hub` or `shared`.
+        kind: `given`, `builtin`, `local` (a path that the recipe names), `hub` or `shared`.
     """
 
     value: Any
@@ -36,9 +36,8 @@ class Source:
     @property
     def text(self) -> str:
         """One line for the results; machine paths are cut down to the folder's name."""
-        name = (
-            Path(self.value).name if self.kind in ("given", "shared") and isinstance(self.value, str | Path) else None
-        )
+        is_path = self.kind in ("given", "local", "shared") and isinstance(self.value, str | Path)
+        name = Path(self.value).name if is_path else None
         if name is None:
             name = self.value if isinstance(self.value, str) else "data in memory"
         return f"{self.kind}: {name}"
@@ -47,8 +46,10 @@ class Source:
 def locate(spec: DataSpec, given: Any = None, *, recipe: str) -> Source:
     """Decide where the data of `spec` is read from.
 
-    The order is: what the caller gives, the built-in set, the hub (only when the set is in its cache already, or the
-    hub answers at once), the copy below `$EVERLORA_SHARED/data` (`../shared/data` when the variable is not set).
+    The order is: what the caller gives, the built-in set, the path that stands in the place of a hub id, the hub (only
+    when the set is in its cache already, or the hub answers at once), the copy below `$EVERLORA_SHARED/data`
+    (`../shared/data` when the variable is not set). Like every path, that of a recipe is relative to the folder that
+    everlora is started in.
 
     Args:
         spec: the recipe's description of its data.
@@ -67,6 +68,10 @@ def locate(spec: DataSpec, given: Any = None, *, recipe: str) -> Source:
         return Source(given, _fitting_columns(given, (spec.columns, spec.shared_columns)), "given")
     if spec.builtin is not None:
         return Source(spec.builtin, None, "builtin")
+    if spec.hub is not None and Path(spec.hub).exists():
+        # Columns that the recipe names and the files lack are told of where the files are read.
+        columns = _fitting_columns(spec.hub, (spec.columns, spec.shared_columns)) or _named(spec.columns)
+        return Source(Path(spec.hub), columns, "local")
     if spec.hub is not None and (hub_copy_is_here(spec.hub) or hub_is_reachable()):
         return Source(spec.hub, _named(spec.columns), "hub")
     folder = shared_folder() / "data" / spec.shared if spec.shared is not None else None

@@ -16,7 +16,10 @@ from everlora.backbones.huggingface import accepts
 from everlora.errors import DataError, OptionError
 from everlora.language.passes import evaluating
 
-__all__ = ["Written", "check_max_new_tokens", "write"]
+__all__ = ["USUAL_NEW_TOKENS", "Written", "check_max_new_tokens", "write"]
+
+USUAL_NEW_TOKENS = 64
+"""How long an answer may be where nobody says: a learner's own option has this value, too."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,15 @@ class Written:
 def check_max_new_tokens(backbone: CausalLMBackbone, value: Any) -> int:
     """Return `value`, checked: some of the longest row must be left for a prompt.
 
+    The usual number becomes half of the longest row where it leaves no room: a learner with a small `max_length` can
+    then be asked without further options.
+
     Raises:
-        OptionError: it is no whole number from 1 to the longest row less two.
+        OptionError: it is another than the usual one, and no whole number from 1 to the longest row less two.
     """
     most = backbone.max_length - 2
+    if value == USUAL_NEW_TOKENS > most > 0:
+        value = backbone.max_length // 2
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise OptionError(
             f"expected max_new_tokens as a whole number between 1 and {most}, which leaves room for a prompt within "

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from everlora.errors import DataError
 from everlora.metrics import mean_and_deviation
 from everlora.report.charts import LineChart, Scale, Series, line_chart
 from everlora.report.claims import claims_caption, format_claims
@@ -25,8 +26,9 @@ from everlora.report.paths import paths
 from everlora.report.per_task import confusions, forgetting_by_task
 from everlora.report.setup_tables import commit_rows, resolved_options
 from everlora.report.table import UNDEFINED, Group, format_table, grouped_matrices, summarise
+from everlora.store.files import replace_file
 
-__all__ = ["render_report", "with_contents", "write_report"]
+__all__ = ["render_report", "with_contents", "write_report", "write_text"]
 
 TEMPLATE, LANGUAGE_TEMPLATE = "page.html.jinja", "language.html.jinja"
 ENOUGH_SEEDS = 3
@@ -53,11 +55,34 @@ def write_report(results: Mapping[str, Any], path: Path) -> None:
         path: the file to write; an existing one is replaced.
 
     Raises:
-        DataError: as `summarise`.
+        DataError: as `summarise`, or the page cannot be written.
     """
-    page = render_report(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, render_report(results), make_folders=True)
+
+
+def write_text(path: Path, text: str, *, make_folders: bool = False) -> None:
+    """Write a file in one step, so that a reader never sees half of it.
+
+    Args:
+        path: the file; an existing one is replaced, and a device such as `/dev/null` is written to.
+        text: its content.
+        make_folders: whether parent folders are made.
+
+    Raises:
+        DataError: the path is a folder, or the disk refuses.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the name of a file.")
+    write = replace_file if path.is_file() or not path.exists() else Path.write_bytes
+    try:
+        if make_folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, text.encode("utf-8"))
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"{path} cannot be written: {reason}; give write permission there, or the name of another place."
+        ) from error
 
 
 def render_report(results: Mapping[str, Any]) -> str:

@@ -146,7 +146,7 @@ def _checked_plan(
 
 
 def _open_folder(plan: SweepPlan, out: Path) -> SweepPlan:
-    """Put the plan into the folder, with the trials of an earlier one that is the same otherwise."""
+    """Put the plan into the folder, behind the trials of an earlier one that is the same otherwise."""
     file, values = out / PLAN_FILE, plan.to_json()
     if file.exists():
         before = read_json(file)
@@ -156,9 +156,9 @@ def _open_folder(plan: SweepPlan, out: Path) -> SweepPlan:
         if changed:
             what = {"text": "recipe text", "first_task": "choice of tasks"}.get(changed[0], changed[0])
             raise OptionError(f"{out} holds a sweep with another {what}; choose another folder with --out.")
-        known = {trial.name for trial in plan.trials}
-        earlier = [trial for trial in SweepPlan.from_json(before).trials if trial.name not in known]
-        values["trials"] = [*values["trials"], *({"row": one.row, "options": dict(one.options)} for one in earlier)]
+        known = {trial.name for trial in SweepPlan.from_json(before).trials}
+        added = [trial for trial in plan.trials if trial.name not in known]
+        values["trials"] = [*before["trials"], *({"row": one.row, "options": dict(one.options)} for one in added)]
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OptionError(f"{out} is not empty and holds no sweep; choose another folder with --out.")
     write_json(file, values)
@@ -209,14 +209,14 @@ def _results(plan: SweepPlan, space: Space, out: Path, source: str, *, random: i
 
 
 def _with_finished(plan: SweepPlan, out: Path) -> SweepPlan:
-    """The plan with trials of earlier calls, those that have a value for every seed."""
+    """The plan with trials of earlier calls that have a value for every seed, all in the order they were tried in."""
     known = {trial.name for trial in plan.trials}
-    earlier: list[Trial] = []
+    trials: list[Trial] = []
     for trial in SweepPlan.from_json(read_json(out / PLAN_FILE)).trials:
         is_done = all(read_outcome(out, trial, seed) is not None for seed in plan.plan.seeds)
-        if trial.name not in known and is_done:
-            earlier.append(trial)
-    return dataclasses.replace(plan, trials=(*plan.trials, *earlier))
+        if trial.name in known or is_done:
+            trials.append(trial)
+    return dataclasses.replace(plan, trials=tuple(trials))
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -29,6 +29,8 @@ class FakeLearner:
     """Remembers every call, and answers with fixed results."""
 
     calls: list[tuple[str, Any]]
+    data_sha256: tuple[str, ...] = ("1" * 64, "2" * 64)
+    """Of the rows of each task after a call of `learn`."""
 
     def __init__(self) -> None:
         self.path = Path("unused")
@@ -71,6 +73,11 @@ class FakeLearner:
             metrics={"january": 0.5, "february": 1.0},
             num_truncated=2,
         )
+
+    def card(self) -> dict[str, Any]:
+        names = ("january", "february")
+        pairs = zip(names, self.data_sha256, strict=True)
+        return {"tasks": [{"name": name, "data_sha256": data} for name, data in pairs]}
 
     def predict(
         self,

@@ -73,6 +73,12 @@ def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     assert written.column("label").to_pylist() == ["refund", "parcel"]
 
 
+def test_a_cell_may_hold_a_whole_document(tmp_path: Path) -> None:
+    text = "word " * 40_000
+    (tmp_path / "in.csv").write_text(f"id,text\n1,{text}\n")
+    assert tables.read_table(tmp_path / "in.csv").rows == [{"id": "1", "text": text}]
+
+
 def test_csv_to_parquet_and_tsv(tmp_path: Path) -> None:
     table = tables.read_table(_csv(tmp_path / "in.csv"))
     tables.write_table(tmp_path / "out.parquet", table, TOP)

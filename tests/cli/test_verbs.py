@@ -90,6 +90,19 @@ def test_learn(call: Any, call_json: Any, learner: type[FakeLearner]) -> None:
     assert (result["name"], result["known_labels"], result["metrics"]["january"]) == ("second", ["refund"], 0.5)
 
 
+def test_rows_that_were_learned_already_are_told_of(
+    call: Any, learner: type[FakeLearner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner, "data_sha256", ("1" * 64, "1" * 64))
+    for more in ((), ("--json",)):
+        code, out, err = call("learn", "my f", "january.csv", *more)
+        assert code == 0 and "february" in out
+        assert err == (
+            "warning: the rows of task 'february' are those of task 'january', which was learned already; if that was "
+            "a mistake, take it back with: everlora rollback 'my f' --to-task 1\n"
+        )
+
+
 def test_columns_named_for_one_file(call: Any, learner: type[FakeLearner]) -> None:
     words = ("--text-column", "body", "--column", "label=tag")
     code, _, err = call("learn", "f", "march.csv", *words)

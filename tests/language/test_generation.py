@@ -12,9 +12,11 @@ import torch
 from everlora.backbones.causal_lm import CausalLMBackbone
 from everlora.errors import DataError, OptionError
 from everlora.language import LanguageEvaluator, write
+from everlora.language.generation import USUAL_NEW_TOKENS, check_max_new_tokens
 from everlora.lowrank import attach, share_down
+from everlora.settings import LearnerOptions
 from tests.backbones.language_builders import BOS, EOS
-from tests.language.builders import adapt, load, prompt_of, save_model, trainer_of
+from tests.language.builders import adapt, load, prompt_of, rows, save_model, trainer_of
 
 TEXTS = ["one two three four", "a", "somewhat longer than the others are", "b c", "x y z"]
 
@@ -104,7 +106,28 @@ def test_lengths_and_empty_prompts_are_checked(backbone: CausalLMBackbone) -> No
     for number in (0, 95, 2.5, True):
         with pytest.raises(OptionError, match="max_new_tokens"):
             evaluator.generate(["x"], number)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="max_length=96, found 95"):
+        LanguageEvaluator(trainer_of(backbone), max_new_tokens=95).generate(["x"])
     with pytest.raises(DataError, match="no tokens"):
         write(backbone, [[BOS], []], max_new_tokens=2)
     assert evaluator.generate([]) == []
     assert write(backbone, [], max_new_tokens=2) == []
+
+
+@pytest.mark.parametrize(("max_length", "most"), [(24, 12), (64, 32), (66, 64), (96, 64)])
+def test_the_usual_length_leaves_room_for_a_prompt(folder: Path, max_length: int, most: int) -> None:
+    short = load(folder, max_length=max_length)
+    assert check_max_new_tokens(short, USUAL_NEW_TOKENS) == most
+    if most < USUAL_NEW_TOKENS:  # another number was somebody's wish, and is not changed behind their back
+        with pytest.raises(OptionError, match=f"between 1 and {max_length - 2}, .* found {USUAL_NEW_TOKENS - 1}"):
+            check_max_new_tokens(short, USUAL_NEW_TOKENS - 1)
+
+
+def test_a_model_of_short_rows_answers_without_further_options(folder: Path) -> None:
+    evaluator = LanguageEvaluator(trainer_of(load(folder, max_length=24)))
+    answers = evaluator.predict(rows({"instruction": "what is it", "output": ""}, require_answers=False))
+    assert len(answers) == 1 and answers[0].text is not None
+
+
+def test_the_usual_length_is_that_of_a_learner() -> None:
+    assert LearnerOptions().max_new_tokens == USUAL_NEW_TOKENS

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import threading
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -214,6 +217,39 @@ def test_writing_makes_folders_and_replaces(results: dict[str, Any], tmp_path: P
     first = path.read_text(encoding="utf-8")
     write_report(json.loads(json.dumps(results)), path)
     assert path.read_text(encoding="utf-8") == first == render_report(results)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old", encoding="utf-8")
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr("everlora.store.files.os.fsync", full)
+        with pytest.raises(DataError, match=r"report\.html cannot be written: No space left on device; give"):
+            write_report(results, path)
+    assert path.read_text(encoding="utf-8") == "old"
+    with pytest.raises(DataError, match=r"page\.html cannot be written: .*; give write permission there"):
+        write_report(results, path / "page.html")
+    with pytest.raises(DataError, match="is a folder; give the name of a file"):
+        write_report(results, tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_device_or_pipe_is_written_to_and_not_replaced(results: dict[str, Any], tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.html"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write_report(results, pipe)
+    assert pipe.is_fifo()
+    reader.join(timeout=30)
+    assert read == [render_report(results).encode("utf-8")]
 
 
 def test_results_of_another_format_are_refused(results: dict[str, Any], tmp_path: Path) -> None:

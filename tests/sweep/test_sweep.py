@@ -159,11 +159,22 @@ def test_more_values_are_added_and_other_sweeps_refused(start: Any, untrained: l
     start()
     results = start(space={"lr": [1e-2, 1e-1]})
     assert untrained == [1e-3, 1e-2, 1e-1]
-    assert sorted(trial["options"]["lr"] for trial in results["trials"]) == [1e-3, 1e-2, 1e-1]
+    assert [trial["options"]["lr"] for trial in results["trials"]] == [1e-3, 1e-2, 1e-1]
     with pytest.raises(OptionError, match="another choice of tasks"):
         start(validation=0.2)
     with pytest.raises(OptionError, match="another options"):
         start(options={"epochs": 2})
+
+
+def test_of_ties_the_first_of_all_calls_is_named(
+    start: Any, untrained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("everlora.sweep.trial.value_of", lambda record, _: 1.0)
+    start(space={"lr": [1e-3]})
+    found = start(space={"lr": [1e-2, 1e-3, 1e-1]})
+    assert untrained == [1e-3, 1e-2, 1e-1]
+    assert found["best"]["inflora"]["options"] == {"lr": 1e-3}
+    assert start(space={"lr": [1e-1]})["best"]["inflora"]["options"] == {"lr": 1e-3}
 
 
 def test_a_setting_that_fails_is_a_result_and_only_divergence_is_final(
