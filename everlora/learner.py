@@ -18,7 +18,7 @@ from everlora.forgetting import Forgets
 from everlora.kept_rows import KEPT_FILE, unpack_rows
 from everlora.methods import DEFAULT, method_spec
 from everlora.methods.base import Method, TaskInfo
-from everlora.record import load_base, provenance, task_name, task_result, write_task
+from everlora.record import load_base, provenance, task_name, task_number, task_result, write_task
 from everlora.rejection import Rejects
 from everlora.restoring import restore_state
 from everlora.results import Counts, Evaluation, LanguageEvaluation, LanguageScore, Prediction, TaskResult
@@ -487,18 +487,7 @@ class Learner(Forgets, Describes, Rejects):
             raise OptionError(f"the learner has no variant '{variant}'; {known}")
 
     def _task_index(self, task: str | int | None) -> int | None:
-        names = [entry.name for entry in self.tasks]
-        if task is None:
-            if self.scenario == "task_incremental":
-                raise OptionError(
-                    "a task-incremental learner needs the task of the inputs; give task=, one of: " + ", ".join(names)
-                )
-            return None
-        if isinstance(task, int) and 0 <= task < len(names):
-            return task
-        if str(task) not in names:
-            raise OptionError(f"there is no task '{task}'; known: " + ", ".join(names))
-        return names.index(str(task))
+        return task_number(task, [entry.name for entry in self.tasks], needed=self.scenario == "task_incremental")
 
     def _refresh(self) -> None:
         """Go back to what is on disk after a task that could not be learned to its end."""

@@ -145,6 +145,25 @@ def task_name(name: str | None, dataset: Any, taken: Sequence[str]) -> str:
     return next(plain + ending for ending in endings if plain + ending not in taken)
 
 
+def task_number(task: str | int | None, names: Sequence[str], *, needed: bool) -> int | None:
+    """Number of the task that inputs are said to belong to; None where none is said.
+
+    Raises:
+        OptionError: there is no such task, or none is said and it is `needed`.
+    """
+    if task is None:
+        if needed:
+            raise OptionError(
+                "a task-incremental learner needs the task of the inputs; give task=, one of: " + ", ".join(names)
+            )
+        return None
+    if isinstance(task, int) and 0 <= task < len(names):
+        return task
+    if str(task) not in names:
+        raise OptionError(f"there is no task '{task}'; known: " + ", ".join(names))
+    return names.index(str(task))
+
+
 def load_base(header: Mapping[str, Any], moved_to: str | Path | None, settings: Settings) -> Backbone:
     """Load the base model a learner was made with, from where it lies now.
 

@@ -102,6 +102,7 @@ class LanguageScore:
         correct: rows whose label was the likeliest, or whose text was exactly right; None where that was not measured.
         answers: rows that `correct` is out of.
         rouge_l: mean F1 of ROUGE-L over rows that were written, None where none were.
+        written: how many rows were.
 
     Source: section 9 of the reference on I-LoRA.
     """
@@ -113,6 +114,7 @@ class LanguageScore:
     correct: int | None = None
     answers: int = 0
     rouge_l: float | None = None
+    written: int = 0
 
     @property
     def cross_entropy(self) -> float:
@@ -136,8 +138,8 @@ class LanguageScore:
 
     def __add__(self, other: LanguageScore) -> LanguageScore:
         """Put the scores of two sets of rows together."""
-        written = [(s.rouge_l, s.answers) for s in (self, other) if s.rouge_l is not None]
-        weight = sum(answers for _, answers in written)
+        written = [(s.rouge_l, s.written) for s in (self, other) if s.rouge_l is not None]
+        weight = sum(rows for _, rows in written)
         return LanguageScore(
             self.nll + other.nll,
             self.tokens + other.tokens,
@@ -145,7 +147,8 @@ class LanguageScore:
             self.rows + other.rows,
             None if self.correct is None and other.correct is None else (self.correct or 0) + (other.correct or 0),
             self.answers + other.answers,
-            sum(rouge * answers for rouge, answers in written) / weight if weight else None,
+            sum(rouge * rows for rouge, rows in written) / weight if weight else None,
+            weight,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from everlora.backbones import Backbone, feature_depth
-from everlora.errors import OptionError, nearest
+from everlora.errors import OptionError, UnsupportedError, nearest
 from everlora.heads import HeadOptions
 from everlora.methods import DEFAULT, MethodSpec, method_spec
 from everlora.methods.base import Method
@@ -104,6 +104,7 @@ class Settings:
 
         Raises:
             OptionError: an unknown name (the nearest are given) or a value out of range.
+            UnsupportedError: several layers for a method whose tasks have networks of their own.
         """
         spec = method_spec(method)
         owners: dict[str, tuple[str, ...]] = {
@@ -123,7 +124,14 @@ class Settings:
         # The method's own defaults enter here only, so that a stored learner keeps those it was made with.
         defaults = spec.method_class.training_defaults(spec.options(parts["method"]))
         parts["training"] = {**defaults, **parts["training"]}
-        return cls.from_parts(spec, parts)
+        made = cls.from_parts(spec, parts)
+        if spec.method_class.isolated and made.model.feature_layers > 1:
+            # transformers hands out the states of the blocks it was built with, not of those put in their place
+            raise UnsupportedError(
+                f"feature_layers reads layers of one encoder, and '{spec.name}' has a network for each task; leave "
+                "feature_layers out."
+            )
+        return made
 
     @classmethod
     def from_parts(cls, spec: MethodSpec, parts: Mapping[str, Mapping[str, Any]]) -> Settings:

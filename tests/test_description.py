@@ -99,6 +99,13 @@ def test_results_are_tables_in_notebooks() -> None:
     ]
 
 
+def test_the_mean_rouge_is_over_written_rows() -> None:
+    chosen = LanguageScore(0.0, 0, 0, 0, correct=90, answers=90)
+    few = chosen + LanguageScore(0.0, 0, 0, 0, correct=0, answers=10, rouge_l=0.2, written=10)
+    more = LanguageScore(0.0, 0, 0, 0, correct=0, answers=10, rouge_l=0.8, written=10)
+    assert (few + more).rouge_l == pytest.approx(0.5) == (more + few).rouge_l and (few + more).written == 20
+
+
 def test_a_task_is_a_table_in_notebooks() -> None:
     values = {"index": 1, "name": "february", "num_examples": 30, "num_validation": 0, "seconds": 65.24, "steps": 12}
     one = TaskResult(labels=("a", "b"), new_labels=("a",), known_labels=(), **values)

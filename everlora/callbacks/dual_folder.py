@@ -47,9 +47,9 @@ def save_task(folder: Path, dual: DualMemory, *, output_dir: Path) -> None:
     stable = adapter_files(tensors, config)
     files = {f"plastic/{name}": data for name, data in plastic.items()}
     elsewhere = _resolve(arguments.ema_adapter_path, output_dir)
-    if not arguments.save_ema_adapter:
+    if not arguments.save_ema_adapter or elsewhere is not None:  # what lies elsewhere is written later, or not at all
         files[_STABLE] = stable[ADAPTER_WEIGHTS]
-    elif elsewhere is None:
+    else:
         files.update({f"stable/{name}": data for name, data in stable.items()})
     if arguments.save_buffer and len(dual.memory):
         files[_BUFFER] = dump_tensors(dual.memory.state())

@@ -90,8 +90,15 @@ def paired_test(first: Numbers, second: Numbers, *, test: TestName = "t") -> Pai
     known = PairedTest(seeds, difference=mean, sd=deviation, wins=interval.wins)
     if len(seeds) < MIN_SEEDS:
         return replace(known, reason=TOO_SMALL)
-    statistic, p, reason = t_test(differences) if test == "t" else wilcoxon(differences)
+    statistic, p, reason = t_test(differences) if test == "t" else wilcoxon(_rounded(differences, left + right))
     return replace(known, low=interval.low, high=interval.high, statistic=statistic, p=p, reason=reason)
+
+
+def _rounded(differences: Sequence[float], numbers: Sequence[float]) -> list[float]:
+    """Differences without the rounding of their numbers: .52 - .50 and .32 - .30 are equal, and so tie."""
+    greatest = max(abs(number) for number in numbers)
+    digits = 12 - math.ceil(math.log10(greatest)) if greatest > 0 else 0
+    return [round(value, digits) for value in differences]
 
 
 def t_test(differences: Sequence[float]) -> Outcome:

@@ -20,6 +20,8 @@ from everlora.experiments.retention import own_texts
 from everlora.experiments.traces import bytes_on_disk, pretrained_digest, reference_parameters, tensor_digests
 from everlora.experiments.tracked import moment_figures, open_trackers
 from everlora.learner import Learner
+from everlora.store.changes import take_lock
+from everlora.store.files import writing
 from everlora.streams import Examples, Stream, concatenate
 from everlora.tracking import Trackers
 from everlora.training import stop_if_asked
@@ -65,8 +67,28 @@ def execute(
 
     Raises:
         OptionError: an earlier run in the folder had other options.
-        StoreError: the learner and its record do not fit together.
+        StoreError: the learner and its record do not fit together, or the folder cannot be written.
+        LockedError: another process does the same.
     """
+    folder = run_folder(out, row, seed)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(folder)
+    try:
+        return _execute(plan, row, seed, streams, out, progress, measurement)
+    finally:
+        lock.release()
+
+
+def _execute(
+    plan: Plan,
+    row: str,
+    seed: int,
+    streams: StreamSource,
+    out: Path,
+    progress: Progress,
+    measurement: Measurement | None,
+) -> dict[str, Any]:
     stream = streams(seed)
     measurement = measurement or _measurement(plan, row, streams, out)
     record = _open_record(plan, row, seed, stream, run_folder(out, row, seed), measurement)

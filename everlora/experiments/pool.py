@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -117,7 +118,8 @@ class _Worker(threading.Thread):
     def stop(self) -> None:
         """End the process, whatever it is doing, and wait for it and for this thread."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(OSError):  # what a dead process did not take is still to be sent
+                self._process.stdin.close()
         if self._failures or self.is_alive():
             self._process.terminate()
         self._process.wait()

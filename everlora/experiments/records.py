@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from everlora.errors import OptionError, StoreError
-from everlora.store.files import MAX_JSON_BYTES, dump_json, load_json, read_bytes, replace_file
+from everlora.store.files import MAX_JSON_BYTES, dump_json, is_temporary, load_json, read_bytes, replace_file
 
-__all__ = ["COUNTS", "RunRecord", "read_json", "write_json"]
+__all__ = ["COUNTS", "RunRecord", "is_fresh", "read_json", "write_json"]
 
 COUNTS = ("correct", "task_aware", "task_correct")
 
@@ -21,6 +21,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Give `path` these plain values in one atomic step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, dump_json(values, path.name))
+
+
+def is_fresh(folder: Path, name: str) -> bool:
+    """Whether nothing is in a folder, or only what a process left that was killed while it wrote the file `name`."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(is_temporary(entry.name, name) for entry in folder.iterdir())
 
 
 def read_json(path: Path) -> dict[str, Any]:

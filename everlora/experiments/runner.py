@@ -25,7 +25,7 @@ from everlora.experiments.paths import has_path, path_positions
 from everlora.experiments.plan import Plan, Streams, make_plan, method_row
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.recipe import recipe_text
-from everlora.experiments.records import read_json, write_json
+from everlora.experiments.records import is_fresh, read_json, write_json
 from everlora.experiments.schema import PublishedFigure
 from everlora.report import write_report
 from everlora.tracking import check_trackers
@@ -193,7 +193,7 @@ def _open_folder(plan: Plan, out: Path | None) -> Path:
         if changed:
             what = "recipe text" if changed[0] == "text" else changed[0]
             raise OptionError(f"{out} holds results with another {what}; choose another folder with --out.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_fresh(out, file.name):
         raise OptionError(f"{out} is not empty and holds no results of a run; choose another folder with --out.")
     write_json(file, values)
     return out

@@ -151,6 +151,7 @@ class LanguageEvaluator:
             correct=sum(is_right(text, answer) for text, answer in pairs),
             answers=len(pairs),
             rouge_l=float(np.mean([rouge_l(text, answer) for text, answer in pairs])),
+            written=len(pairs),
         )
 
 

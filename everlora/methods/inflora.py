@@ -212,7 +212,9 @@ class InfLoRA(Method):
         self._protected = {k: v for k, v in state.items() if "/memory/" in k}
         for index in range(count if self.options.projection else 0):
             for group, memory in self.memories.items():
-                memory.append(state[task_key(index, f"memory/{group}")])
+                columns = state[task_key(index, f"memory/{group}")]
+                # the first update that saw anything adds a direction; one of zeros is not the first
+                memory.append(columns, counted=bool(columns.shape[1]) or memory.updates > 0)
         for name, layer in self._layers.items():
             blocks = [task_key(index, f"adapter/{name}/") for index in range(count)]
             layer.load_past([state[key + "down"] for key in blocks], [state[key + "up"] for key in blocks])

@@ -30,6 +30,7 @@ __all__ = [
     "dump_arrays",
     "dump_json",
     "inside",
+    "is_temporary",
     "load_arrays",
     "load_json",
     "move",
@@ -201,6 +202,11 @@ def temporary_name(name: str) -> str:
     return f".{name}.tmp-{secrets.token_hex(4)}"
 
 
+def is_temporary(entry: str, name: str) -> bool:
+    """Whether a file's name is one that `temporary_name` gave to what was to become `name`."""
+    return entry.startswith(f".{name}.tmp-")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Create `path` with `data` and wait until the bytes are on the disk; parents are created.
 
@@ -238,6 +244,10 @@ def move(source: Path, target: Path) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Give `path` the content `data` in one step: readers see the old bytes or the new ones, never a mixture."""
     temporary = path.with_name(temporary_name(path.name))
-    write_file(temporary, data)
-    os.replace(temporary, path)
+    try:
+        write_file(temporary, data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk
+        raise
     sync_folder(path.parent)

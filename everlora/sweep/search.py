@@ -16,7 +16,7 @@ from everlora.experiments.data import Progress
 from everlora.experiments.plan import Plan, make_plan
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.recipe import load_recipe, recipe_text
-from everlora.experiments.records import read_json, write_json
+from everlora.experiments.records import is_fresh, read_json, write_json
 from everlora.report.sweep import markdown_table, write_sweep_report
 from everlora.sweep.plan import SweepPlan, Trial, make_trials
 from everlora.sweep.results import collect
@@ -159,7 +159,7 @@ def _open_folder(plan: SweepPlan, out: Path) -> SweepPlan:
         known = {trial.name for trial in SweepPlan.from_json(before).trials}
         added = [trial for trial in plan.trials if trial.name not in known]
         values["trials"] = [*before["trials"], *({"row": one.row, "options": dict(one.options)} for one in added)]
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_fresh(out, file.name):
         raise OptionError(f"{out} is not empty and holds no sweep; choose another folder with --out.")
     write_json(file, values)
     return plan

@@ -80,3 +80,14 @@ def test_rows_without_a_p_do_not_weigh_on_the_correction() -> None:
     found = paired_tests(rows, base)
     assert found["a"].p_holm == pytest.approx(2 * found["a"].p) and found["b"].p_holm == found["b"].p
     assert found["short"].p_holm is None
+
+
+@pytest.mark.parametrize("scale", [0.01, 1e6])
+def test_differences_that_differ_by_rounding_alone_tie(scale: float) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        first = generator.integers(40, 60, 5)
+        second = first + generator.integers(-2, 3, 5)
+        whole = [dict(enumerate(values.tolist())) for values in (first, second)]
+        scaled = [{seed: value * scale for seed, value in numbers.items()} for numbers in whole]
+        assert paired_test(*scaled, test="wilcoxon").p == paired_test(*whole, test="wilcoxon").p

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
+from filelock import FileLock
 
 from everlora import Learner, run
-from everlora.errors import DataError, OptionError, StoreError, UnsupportedError
+from everlora.errors import DataError, LockedError, OptionError, StoreError, UnsupportedError
 from everlora.experiments.plan import make_plan, row_options
+from everlora.experiments.pool import run_jobs
 from everlora.experiments.records import RunRecord
 from everlora.store import LearnerStore
 
@@ -271,3 +274,27 @@ def test_an_error_in_a_worker_is_the_callers_error(start, tmp_path):
     file.write_text("{}")
     with pytest.raises(OptionError, match=r"probe-4.*results of other options"):
         start(**given)
+
+
+def test_the_same_row_and_seed_run_once_at_a_time(start, tmp_path):
+    start(methods=["probe"])
+    with FileLock(tmp_path / "out" / "probe-3" / ".lock"), pytest.raises(LockedError, match="another process"):
+        start(methods=["probe"])
+    assert len(start(methods=["probe"])["runs"]) == 1
+
+
+def test_a_plan_that_was_being_written_at_a_kill_is_no_obstacle(start, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".plan.json.tmp-0a1b2c3d").write_text("{")
+    assert start(methods=["probe"])["runs"]
+
+
+def test_a_worker_that_dies_between_jobs_says_why(tmp_path, monkeypatch):
+    (tmp_path / "dying.py").write_text(
+        "import json, sys\nsys.stdin.readline()\nprint(json.dumps({'kind': 'done'}), flush=True)\n"
+        "sys.stderr.write('out of memory')\nsys.exit(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    jobs, slow = [(name, 1) for name in "abcdef"], lambda *_: time.sleep(0.5)
+    with pytest.raises(RuntimeError, match="ended with code 3: out of memory"):
+        run_jobs(tmp_path / "plan.json", jobs, workers=2, progress=slow, module="dying")

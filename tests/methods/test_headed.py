@@ -118,6 +118,8 @@ def test_a_method_that_adapts_learns_tasks_of_one_class(head: str, bert: Path, t
 def test_networks_of_their_own_are_refused(method: str, bert: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="a network for each task"):
         _learner(tmp_path / "learner", bert, method, "ridge")
+    with pytest.raises(UnsupportedError, match="leave feature_layers out"):
+        toy_learner(tmp_path / "learner", bert, method, feature_layers=2)
     assert not (tmp_path / "learner").exists()
 
 

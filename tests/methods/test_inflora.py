@@ -308,6 +308,17 @@ def test_a_full_memory_leaves_a_smaller_branch_and_then_none() -> None:
     assert all(torch.isfinite(layer.effective_weight()).all() for layer in method.layers().values())
 
 
+def test_a_layer_that_read_only_zeros_has_its_first_task_still_to_come() -> None:
+    method, _, _ = _run(1)
+    state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in method.state().items()}
+    [memory] = [key for key in state if "/memory/" in key]
+    for columns, updates in ((state[memory], 1), (state[memory][:, :0], 0)):
+        restored = _make(ToyEncoder())
+        restored.load_state({**state, memory: columns})
+        [replayed] = restored.memories.values()
+        assert replayed.updates == updates and replayed.occupied_rank == columns.shape[1]
+
+
 def test_state_round_trip_is_bitwise_and_goes_on_identically() -> None:
     method, encoder, calls = _run(2)
     other = ToyEncoder()
