@@ -23,7 +23,7 @@ from everlora.store import LearnerStore
 from everlora.streams import Examples
 from everlora.training import TaskData, TrainingReport
 
-__all__ = ["load_base", "provenance", "task_name", "task_result", "write_task"]
+__all__ = ["load_base", "provenance", "task_name", "task_number", "task_result", "write_task"]
 
 
 _PREPARES = {

@@ -97,8 +97,8 @@ def paired_test(first: Numbers, second: Numbers, *, test: TestName = "t") -> Pai
 def _rounded(differences: Sequence[float], numbers: Sequence[float]) -> list[float]:
     """Differences without the rounding of their numbers: .52 - .50 and .32 - .30 are equal, and so tie."""
     greatest = max(abs(number) for number in numbers)
-    digits = 12 - math.ceil(math.log10(greatest)) if greatest > 0 else 0
-    return [round(value, digits) for value in differences]
+    places = 12 - math.ceil(math.log10(greatest)) if greatest > 0 else 0
+    return [round(value, places) for value in differences]
 
 
 def t_test(differences: Sequence[float]) -> Outcome:
