@@ -105,7 +105,7 @@ class Forgets:
             label=label,
             task=None if task is None else self._task_index(task),
             condition=None if where is None else Condition(where, tokenizer),
-            rows=None if rows is None else rules.load(rows, None),
+            rows=None if rows is None else rules.load(rows, None, labelled=False),
         )
 
     def _load(self, store: LearnerStore) -> None:

@@ -137,6 +137,7 @@ def _recorded(device: str) -> dict[str, Any]:
         "processes": processes(device).size,
         "device": torch.device(device).type,
         "torch": str(torch.__version__),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
     }
 
 
@@ -162,7 +163,7 @@ def _require_same(root: Path, found: Mapping[str, Any], task: Mapping[str, Any])
 def _compare_recorded(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say where last bits may differ."""
     for key, value in now.items():
-        if before.get(key) != value:
+        if key in before and before[key] != value:  # earlier versions recorded less
             parts = (key, before.get(key), value)
             logger.warning("a task begun with %s=%s goes on with %s: last bits of its result may differ", *parts)
 

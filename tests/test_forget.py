@@ -200,6 +200,15 @@ def test_rows_are_counted_from_one_and_columns_nobody_kept_are_said(bert: Path, 
     assert status["accuracy_now"] is None and status["accuracy_when_learned"] is not None
 
 
+def test_rows_to_forget_need_no_labels(bert: Path, tmp_path: Path) -> None:
+    learner = toy_learner(tmp_path / "l", bert, "probe", keep_validation=4)
+    learner.learn(toy_tasks("text", 1)[0])
+    kept = learner._kept_rows(0)
+    assert kept is not None
+    (tmp_path / "gone.csv").write_text(f"\ntext\n{kept.inputs[1]}\n")
+    assert learner.forget(rows=tmp_path / "gone.csv").left == {"validation_rows": 1}
+
+
 def test_a_class_without_its_mean_is_not_predicted_any_more(bert: Path, tmp_path: Path) -> None:
     learner = toy_learner(tmp_path / "l", bert, "ncm", keep_validation=2)
     tasks = toy_tasks("text", 2)

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -100,7 +101,8 @@ def _values(column: Column) -> list[Any]:
 def _read_delimited(path: Path) -> InputTable:
     csv.field_size_limit(_MOST_CHARACTERS)  # of the whole process; without it a document in a cell is refused
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=_delimiter(path))
+        filled = dropwhile(lambda line: not line.strip("\r\n"), file)  # as where rows to learn from are read
+        reader = csv.DictReader(filled, delimiter=_delimiter(path))
         return InputTable(tuple(reader.fieldnames or ()), list(reader))
 
 

@@ -144,5 +144,6 @@ def _column_names(path: Path) -> set[str]:
             return set(parquet.read_schema(file).names)
         if file.suffix in (".csv", ".tsv"):
             with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-                return set(next(csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), []))
+                rows = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+                return set(next((row for row in rows if row), []))
     return set()

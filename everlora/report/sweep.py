@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from everlora.report.charts import Across, LineChart, Mark, Scale, Series, line_chart
+from everlora.report.page import write_text
 from everlora.report.table import UNDEFINED
 
 __all__ = ["best_lines", "markdown_table", "sweep_columns", "sweep_rows", "write_sweep_report"]
@@ -29,6 +30,9 @@ def write_sweep_report(results: Mapping[str, Any], path: Path) -> None:
     Args:
         results: the content of `sweep.json`.
         path: the file to write.
+
+    Raises:
+        DataError: the file cannot be written.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -37,7 +41,7 @@ def write_sweep_report(results: Mapping[str, Any], path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path.write_text(environment.get_template(TEMPLATE).render(_context(results)), encoding="utf-8")
+    write_text(path, environment.get_template(TEMPLATE).render(_context(results)))
 
 
 def sweep_columns(results: Mapping[str, Any]) -> list[str]:

@@ -78,8 +78,11 @@ class Scenario(ABC, Generic[Score, Result]):
         """Refuse kinds of columns that do not exist (OptionError)."""
 
     @abstractmethod
-    def load(self, dataset: Any, columns: Mapping[str, str | None] | None) -> Examples:
-        """Read rows to learn from or to be measured on (DataError where they cannot be used)."""
+    def load(self, dataset: Any, columns: Mapping[str, str | None] | None, *, labelled: bool = True) -> Examples:
+        """Read rows to learn from or to be measured on (DataError where they cannot be used).
+
+        `labelled=False` takes rows without labels or answers, too: rows that are only to be recognised.
+        """
 
     @abstractmethod
     def read_inputs(self, inputs: Any) -> Examples:

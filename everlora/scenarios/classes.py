@@ -42,10 +42,13 @@ class ClassScenario(Scenario[Counts, Evaluation]):
         """Refuse kinds of columns that do not exist."""
         Columns.from_mapping(columns)
 
-    def load(self, dataset: Any, columns: Mapping[str, str | None] | None) -> Examples:
-        """Read labelled rows; labels must be of one kind throughout, where their source has kinds: a CSV has names."""
+    def load(self, dataset: Any, columns: Mapping[str, str | None] | None, *, labelled: bool = True) -> Examples:
+        """Read rows; labels must be of one kind throughout, where their source has kinds: a CSV has names."""
         named = {**self.columns, **{key: value for key, value in (columns or {}).items() if value}}
-        examples = load_examples(dataset, columns=Columns.from_mapping(named), **self._options())
+        options = {**self._options(), "require_labels": labelled}
+        examples = load_examples(dataset, columns=Columns.from_mapping(named), **options)
+        if examples.labels is None:
+            return examples
         is_same_kind = None in (self._label_kind, examples.label_kind) or self._label_kind == examples.label_kind
         if not is_same_kind and not set(examples.classes) <= set(self.classes):
             raise DataError(

@@ -33,8 +33,8 @@ class LanguageScenario(Scenario[LanguageScore, LanguageEvaluation]):
         """Refuse kinds of columns that do not exist."""
         check_dialogue_columns(columns)
 
-    def load(self, dataset: Any, columns: Mapping[str, str | None] | None) -> Examples:
-        """Read rows with answers, or plain texts."""
+    def load(self, dataset: Any, columns: Mapping[str, str | None] | None, *, labelled: bool = True) -> Examples:
+        """Read rows with answers, or plain texts; a row is recognised by its answer, too."""
         return load_dialogues(dataset, columns=self._named(columns))
 
     def read_inputs(self, inputs: Any) -> Examples:

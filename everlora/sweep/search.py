@@ -17,6 +17,7 @@ from everlora.experiments.plan import Plan, make_plan
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.recipe import load_recipe, recipe_text
 from everlora.experiments.records import is_fresh, read_json, write_json
+from everlora.report.page import write_text
 from everlora.report.sweep import markdown_table, write_sweep_report
 from everlora.sweep.plan import SweepPlan, Trial, make_trials
 from everlora.sweep.results import collect
@@ -110,7 +111,7 @@ def sweep(
     _run(plan, folder, streams, workers=workers, backend=backend, progress=progress or _silent)
     results = _results(plan, tried, folder, streams.source, random=random, seed=seed)
     write_json(folder / RESULTS_FILE, results)
-    (folder / "sweep.md").write_text(markdown_table(results), encoding="utf-8")
+    write_text(folder / "sweep.md", markdown_table(results))
     write_sweep_report(results, folder / "sweep.html")
     return results | {"folder": str(folder)}
 

@@ -79,6 +79,12 @@ def test_a_cell_may_hold_a_whole_document(tmp_path: Path) -> None:
     assert tables.read_table(tmp_path / "in.csv").rows == [{"id": "1", "text": text}]
 
 
+def test_blank_lines_before_the_header_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("\n\nid,text\n1,a word\n")
+    table = tables.read_table(tmp_path / "in.csv")
+    assert table.names == ("id", "text") and table.rows == [{"id": "1", "text": "a word"}]
+
+
 def test_csv_to_parquet_and_tsv(tmp_path: Path) -> None:
     table = tables.read_table(_csv(tmp_path / "in.csv"))
     tables.write_table(tmp_path / "out.parquet", table, TOP)
