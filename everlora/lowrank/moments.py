@@ -18,6 +18,7 @@ from everlora.lowrank.ranks import layer_size
 
 __all__ = ["SecondMoment", "record_moments"]
 
+_POWER_STEPS = 30
 _UNFOLDED = 2**22  # numbers of unfolded patches held at once
 
 
@@ -68,6 +69,21 @@ class SecondMoment:
                 "a second moment needs at least one token and has none; the data was empty or every token was masked"
             )
         return (self._sum + self._sum.T) / (2 * self._count)
+
+    def leading_share(self, power: int = 2) -> float:
+        """Share of the largest eigenvalue in the sum of all eigenvalues to the power 1 or 2, to about a percent.
+
+        Raises:
+            NumericError: no token has been accepted.
+        """
+        matrix = self.matrix
+        with normal_mode():
+            vector = matrix.diagonal().sqrt()  # a start that no symmetric direction is orthogonal to by accident
+            for _ in range(_POWER_STEPS):
+                vector = matrix @ nn.functional.normalize(vector, dim=0)
+            largest = float(vector.norm())
+            whole = float(matrix.square().sum() if power == 2 else matrix.diagonal().sum())
+        return largest**power / whole if whole > 0 else 0.0
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> SecondMoment:
         """Add the tokens of one batch.
@@ -177,7 +193,7 @@ class SecondMoment:
 
 @contextmanager
 def record_moments(
-    groups: Mapping[str, nn.Module], mask: Callable[[], Tensor | None] | None = None
+    groups: Mapping[str, nn.Module], mask: Callable[[], Tensor | None] | None = None, *, normalize: bool = False
 ) -> Iterator[dict[str, SecondMoment]]:
     """Collect the second moment of what each module reads, for as long as the block runs.
 
@@ -185,6 +201,7 @@ def record_moments(
         groups: name of an input group to the one member that is listened to.
         mask: gives the token mask `(batch, tokens)` of the batch that is running, or None for all tokens. Modules
             that read one vector per row, `(batch, dim)`, ignore it.
+        normalize: scale every vector to length 1 first.
 
     Yields:
         A second moment for each name, on the device of the module's weight.
@@ -199,7 +216,7 @@ def record_moments(
     handles = []
     try:
         for name, module in groups.items():
-            hook = _recording_hook(name, moments[name], mask)
+            hook = _recording_hook(name, moments[name], mask, normalize=normalize)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield moments
     finally:
@@ -224,28 +241,34 @@ def _moment_for(name: str, module: nn.Module) -> SecondMoment:
 
 
 def _recording_hook(
-    name: str, moment: SecondMoment, mask: Callable[[], Tensor | None] | None
+    name: str, moment: SecondMoment, mask: Callable[[], Tensor | None] | None, *, normalize: bool
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         conv = base_of(module)
         try:
             if isinstance(conv, nn.Conv2d):
-                _add_patches(moment, x, conv)
+                _add_patches(moment, x, conv, normalize=normalize)
             else:
-                moment.update(x, _mask_for(x, None if mask is None else mask()))
+                moment.update(_unit(x) if normalize else x, _mask_for(x, None if mask is None else mask()))
         except (NumericError, ShapeError) as error:
             raise type(error)(f"input group '{name}': {error}") from error
 
     return hook
 
 
-def _add_patches(moment: SecondMoment, x: Tensor, conv: nn.Conv2d) -> None:
+def _unit(x: Tensor) -> Tensor:
+    """Vectors `(..., dim)` of length 1, in at least float32; those of zeros stay."""
+    return nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def _add_patches(moment: SecondMoment, x: Tensor, conv: nn.Conv2d, *, normalize: bool) -> None:
     """Add a batch of images, some at a time, which bounds the memory that unfolding takes."""
     images = x if x.ndim == 4 else x[None]
     at_once = max(1, _UNFOLDED // max(1, moment.dim * images.shape[-1] * images.shape[-2]))
     for part in torch.split(images, at_once):
-        moment.update(unfold_patches(part, conv))
+        patches = unfold_patches(part, conv)
+        moment.update(_unit(patches) if normalize else patches)
 
 
 def _mask_for(x: Tensor, mask: Tensor | None) -> Tensor | None:

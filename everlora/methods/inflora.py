@@ -11,11 +11,13 @@ task identity and no old data are needed. A convolution is a linear layer on the
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -38,11 +40,15 @@ from everlora.methods.base import ANY_MODALITY, Batch, Collect, Encoder, Loss, M
 from everlora.methods.classifiers import aligner_of, check_classes, heads_state, load_heads, make_heads, realign
 from everlora.methods.forgetting import Forgetting, forget_gaussians
 from everlora.methods.keys import keyed_generator, task_key
+from everlora.methods.measured_tokens import measured_tokens
 from everlora.methods.registry import register
 
 __all__ = ["InfLoRA", "InfLoRAOptions"]
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger("everlora.methods")
+_MOST = 0.95  # of the energy in one direction
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class InfLoRAOptions:
         projection: False leaves the memory out, so that branches may overlap old tasks (the paper's ablation).
         second_pass: measure inputs again after training (official); False reuses the pass before training.
         stats_max_batches: cap on the batches of a measuring pass; None sees all rows.
+        tokens: of a language model's rows measure `all` tokens, or those that predict one with a `loss`.
+        exclude_tokens: ids of tokens that are not measured: a few, such as that of the beginning, can hold nearly all
+            of the energy.
+        normalize_tokens: scale each input vector to length 1 before it is measured, against the same.
         forward_mode: how a layer computes: one working weight (`folded`) or concatenated factors (`factored`).
         loss: cross-entropy over the task's own classes (`local`, official) or over all `seen` classes.
         head_init: a new head's rows: `uniform` (official) or `zeros`, which makes heads of different tasks more alike.
@@ -89,6 +99,9 @@ class InfLoRAOptions:
     projection: bool = True
     second_pass: bool = True
     stats_max_batches: Annotated[int, Field(ge=1)] | None = None
+    tokens: Literal["all", "loss"] = "all"
+    exclude_tokens: tuple[int, ...] = ()
+    normalize_tokens: bool = False
     forward_mode: Literal["auto", "folded", "factored"] = "auto"
     loss: Literal["local", "seen"] = "local"
     head_init: Literal["uniform", "zeros"] = "uniform"
@@ -131,6 +144,7 @@ class InfLoRA(Method):
         self._moments: dict[str, SecondMoment] = {}
         self._gathering: dict[str, SecondMoment] = {}
         self._protected: State = {}
+        self._has_warned = False
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
         """Steps 1 to 5: threshold check, new head, pass 1, design of `down`, choice of the trainable parameters."""
@@ -151,10 +165,10 @@ class InfLoRA(Method):
         """Steps 7 to 10: pass 2, memory update, freezing, optional classifier alignment."""
         moments = self._measure(collect, "inputs after training") if self.options.second_pass else self._moments
         epsilon = self.threshold(task.index)
-        for group, memory in self.memories.items():
-            if self.options.projection:
-                _named(group, memory.update, moments[group], epsilon)
-                self._protected[task_key(task.index, f"memory/{group}")] = memory.last_added.cpu()
+        if self.options.projection:
+            self._warn_of_single_directions(moments)
+            for group, memory in self.memories.items():
+                self._protected[task_key(task.index, f"memory/{group}")] = _protect(group, memory, moments, epsilon)
         for layer in self._layers.values():
             layer.fold_block()
         self.heads.freeze()
@@ -242,23 +256,57 @@ class InfLoRA(Method):
         """One pass over the training rows: the second moment of every group's input, padding left out."""
         mask: list[Tensor | None] = [None]
 
+        options = self.options
+
         def keep_mask(batch: Batch) -> None:
-            mask[0] = self.encoder.token_mask(batch.inputs)
+            real = self.encoder.token_mask(batch.inputs)
+            mask[0] = measured_tokens(batch, real, tokens=options.tokens, excluded=options.exclude_tokens)
 
         first = {group: self._layers[names[0]] for group, names in self._groups.items()}
-        with record_moments(first, lambda: mask[0]) as moments:
+        with record_moments(first, lambda: mask[0], normalize=options.normalize_tokens) as moments:
             self._gathering = moments
-            collect(before=keep_mask, stage=stage, max_batches=self.options.stats_max_batches)
+            collect(before=keep_mask, stage=stage, max_batches=options.stats_max_batches)
         self._gathering = {}
         for moment in moments.values():
             moment.sum_with(self.processes.sum)
+        self._check_counts(moments)
         return moments
+
+    def _check_counts(self, moments: dict[str, SecondMoment]) -> None:
+        """Say which layers read too little, as an expert that few tokens are sent to.
+
+        Raises:
+            NumericError: no layer read anything.
+        """
+        counts = {group: moment.count for group, moment in moments.items()}
+        if not any(counts.values()):
+            raise NumericError(
+                f"layer '{next(iter(counts))}' read no token, and no other did; the data was empty or every token was "
+                "left out."
+            )
+        for group, count in counts.items():
+            if count < self.options.rank:
+                done = "it is left as it is" if count == 0 else "the rest of its branch is of no use"
+                logger.warning("layer '%s' read %d tokens for rank %d; %s", group, count, self.options.rank, done)
+
+    def _warn_of_single_directions(self, moments: dict[str, SecondMoment]) -> None:
+        """Say once where one direction holds nearly all that the threshold counts."""
+        power = 2 if self.options.energy == "moment_squared" else 1
+        single = [group for group, moment in moments.items() if moment.count and moment.leading_share(power) > _MOST]
+        if single and not self._has_warned:
+            self._has_warned = True
+            parts = (len(single), len(moments), single[0], 100 * _MOST)
+            logger.warning(
+                "in %d of %d input groups, such as '%s', one direction holds more than %g %% of the energy, so the "
+                "memory protects little else; set normalize_tokens=true, or leave tokens out with exclude_tokens",
+                *parts,
+            )
 
     def _design(self, group: str, names: list[str]) -> None:
         """Give the layers of one input group the same new `down`; `up` starts at zero."""
         memory = self.memories[group] if self.options.projection else self._empty_memory(self.memories[group].dim)
-        rank = min(self.options.rank, memory.free_rank)
-        if rank < self.options.rank:
+        rank = min(self.options.rank, memory.free_rank) if self._moments[group].count else 0
+        if self._moments[group].count and rank < self.options.rank:
             warnings.warn(
                 f"layer '{group}': {memory.free_rank} free input directions are left for rank {self.options.rank}; "
                 "this task's branch is smaller; lower threshold_start or rank to keep room for later tasks.",
@@ -287,6 +335,14 @@ def _schedule(options: InfLoRAOptions) -> Callable[[int], float]:
     if options.total_tasks is None:
         raise OptionError("threshold=linear needs total_tasks; give it, or use threshold=geometric for an open stream.")
     return LinearThreshold(options.threshold_start, options.threshold_end, options.total_tasks)
+
+
+def _protect(group: str, memory: GradientMemory, moments: dict[str, SecondMoment], epsilon: float) -> Tensor:
+    """Let a memory take in what its layers read; returns the directions added, `(d, n)`, none for unread layers."""
+    if not moments[group].count:
+        return torch.zeros(memory.dim, 0, dtype=torch.float64)
+    _named(group, memory.update, moments[group], epsilon)
+    return memory.last_added.cpu()
 
 
 def _named(group: str, compute: Callable[..., Result], *arguments: object) -> Result:

@@ -227,3 +227,20 @@ def test_recording_names_the_group_and_removes_hooks_after_an_error():
         layer(torch.ones(2, 3, 4))
     with pytest.raises(TargetError, match="ReLU"), record_moments({"act": nn.ReLU()}):
         pass
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_share_of_the_leading_direction(power):
+    for scale in (1.0, 30.0):
+        moment = SecondMoment(6).update(tokens(200, 6) * torch.tensor([scale, 3.0, 1, 1, 0.5, 0.1]))
+        values = torch.linalg.eigvalsh(moment.matrix) ** power
+        assert moment.leading_share(power) == pytest.approx(float(values[-1] / values.sum()), rel=0.01)
+    assert SecondMoment(3).update(torch.zeros(2, 3)).leading_share() == 0.0
+
+
+def test_recording_can_scale_vectors_to_length_one():
+    layer, x = nn.Linear(4, 2), 100 * tokens(3, 5, 4, dtype=torch.float32)
+    with record_moments({"layer": layer}, normalize=True) as moments:
+        layer(x)
+    expected = SecondMoment(4).update(nn.functional.normalize(x, dim=-1)).matrix
+    assert torch.allclose(moments["layer"].matrix, expected) and float(expected.trace()) == pytest.approx(1.0, rel=1e-6)
