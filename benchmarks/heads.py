@@ -2,7 +2,7 @@
 
     python benchmarks/heads.py --streams digits --rows inflora,sequential --seeds 1993
     python benchmarks/heads.py --work runs/heads                    # everything, for hours; a stopped one goes on
-    python benchmarks/heads.py --work runs/heads --collect benchmarks/results/heads.json
+    python benchmarks/heads.py --work runs/heads --collect benchmarks/results/heads
 
 A head of statistics leaves a method's training as it is, so one training judges `linear` and all of these: after each
 task the features of its training rows enter the statistics that a learner with that head would have, and the features
@@ -276,10 +276,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def collect(work: Path) -> dict[str, Any]:
-    """Put the files of all finished trainings together."""
+def collect(work: Path, folder: Path) -> None:
+    """Put the files of all finished trainings together, one file for each stream, one line for each training."""
     runs = [json.loads(path.read_text()) for path in sorted(work.glob("*.json"))]
-    return {"command": "python benchmarks/heads.py", **environment(), "runs": runs}
+    head = json.dumps({"command": "python benchmarks/heads.py", **environment()})
+    for stream in sorted({run["stream"] for run in runs}):
+        lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs if run["stream"] == stream)
+        (folder / f"{stream}.json").write_text(f'{head[:-1]}, "runs": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
@@ -297,10 +300,10 @@ def main() -> None:
     parser.add_argument("--validation", action="store_true", help="judge on validation rows; tests are not read")
     parser.add_argument("--work", type=Path, default=Path("runs/heads"), help="one file for each finished training")
     parser.add_argument("--shard", default="0/1", help="I/N: only every N-th training, from the I-th on")
-    parser.add_argument("--collect", type=Path, metavar="FILE", help="only write what is there into one file")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="only put together what is there")
     arguments = parser.parse_args()
     if arguments.collect:
-        arguments.collect.write_text(json.dumps(collect(arguments.work)) + "\n")
+        collect(arguments.work, arguments.collect)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import numpy as np
 from everlora.metrics import AccuracyMatrix
 
 _ROOT = Path(__file__).resolve().parents[1]
-RESULTS = _ROOT / "benchmarks" / "results" / "heads.json"
+RESULTS = _ROOT / "benchmarks" / "results" / "heads"
 PAGE = _ROOT / "docs" / "which-head.md"
 
 STREAMS = ("digits", "digits-domains", "cifar100", "clinc150", "clinc150-domains")
@@ -33,6 +33,12 @@ TRAINED = ("linear", "cosine")
 Results = dict[str, Any]
 Figures = dict[tuple[str, str], dict[str, list[float]]]
 """By row and head: `last` and `avg` in percent, one value a seed; no `avg` for what learns all at once."""
+
+
+def read_results(folder: Path = RESULTS) -> Results:
+    """What `heads.py --collect` wrote, the trainings of all streams together."""
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return {**parts[0], "runs": [run for part in parts for run in part["runs"]]}
 
 
 def filled(text: str, results: Results) -> str:
@@ -259,7 +265,7 @@ def main() -> None:
     """Write the page anew, or say that it is not what it would be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text())), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), read_results()), encoding="utf-8")
 
 
 if __name__ == "__main__":

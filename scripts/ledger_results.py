@@ -17,7 +17,7 @@ from everlora.metrics import AccuracyMatrix
 __all__ = ["HEADS", "Measured", "Result", "Row", "read_results"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-# What benchmarks/heads.py writes is one result for each of its streams.
+# The folder of what benchmarks/heads.py writes: a file, and a result, for each of its streams.
 HEADS = "heads"
 _RUN = "everlora run"
 
@@ -72,8 +72,8 @@ def read_results(folder: Path = RESULTS) -> dict[str, Result]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("kind") == _RUN:
             results[path.stem] = _of_run(path.stem, content)
-        elif path.stem == HEADS:
-            results |= _of_heads(content)
+    for path in sorted((folder / HEADS).glob("*.json")):
+        results |= _of_heads(json.loads(path.read_text(encoding="utf-8")))
     return results
 
 

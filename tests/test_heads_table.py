@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,14 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_page_is_what_the_figures_give(benchmark: Any) -> None:
     page = benchmark("heads_page")
     text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text, json.loads(page.RESULTS.read_text())) == text, "run python benchmarks/heads_page.py"
+    assert page.filled(text, page.read_results()) == text, "run python benchmarks/heads_page.py"
 
 
 def test_what_init_takes_is_what_the_figures_say(benchmark: Any) -> None:
     from everlora.methods.catalogue import RECOMMENDED
 
     page = benchmark("heads_page")
-    row, head = page.chosen(json.loads(page.RESULTS.read_text()))
+    row, head = page.chosen(page.read_results())
     method, further = benchmark("heads").ROWS[row]
     assert {"method": method, **further, "head": head} == RECOMMENDED
 

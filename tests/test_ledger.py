@@ -250,7 +250,8 @@ def test_the_comparison_of_heads_is_read_by_stream(tmp_path: Path) -> None:
     ]
     aside = [runs[0] | {"validation": True, "seed": 2}, runs[0] | {"options": ["rank=4"], "seed": 3}]
     content = {"command": "python benchmarks/heads.py", "device": "CPU", "versions": {}, "runs": runs + aside}
-    (tmp_path / "heads.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "digits.json").write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     found = read_results(tmp_path)
     assert list(found) == ["heads/digits"]
