@@ -148,6 +148,6 @@ def kinds(counts: Mapping[str, int]) -> str:
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:
-    """Names in a row, and how many more there are beyond `most`."""
-    shown = ", ".join(str(name) for name in names[:most])
+    """Names in a row, and how many more there are beyond `most`; one with a comma stands in quotes."""
+    shown = ", ".join(f"'{name}'" if "," in str(name) else str(name) for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown

@@ -83,4 +83,5 @@ def test_duration(seconds: float | None, text: str) -> None:
 def test_listing_and_count() -> None:
     assert output.listing(["a", "b", "c"], most=2) == "a, b and 1 more"
     assert output.listing(["a", "b"], most=2) == "a, b"
+    assert output.listing(["a", "lost, found"]) == "a, 'lost, found'"
     assert (output.count(1, "task"), output.count(0, "task")) == ("1 task", "0 tasks")
