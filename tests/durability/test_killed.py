@@ -95,6 +95,8 @@ def kill_the_program(method: str, random: Random, folder: Path) -> tuple[Counter
             if not _killed(random.uniform(0, seconds), parts, folder):
                 break
             moments[look(parts)] += 1
+            if LearnerStore.open(parts).tasks:
+                break  # killed after the task was written, but before the program had ended: the next would be another
         if not LearnerStore.open(parts).tasks:
             _program(*_learn(parts), folder=folder)
         assert _digest(parts) == digest
