@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,7 @@ def _of_heads(content: Mapping[str, Any]) -> dict[str, Result]:
         result = found.setdefault(name, _empty(name, content, run))
         for head, correct in run["correct"].items():
             row = result.rows.setdefault(f"{run['row']}/{head}", Row(f"{run['row']}, {head} head", {}))
-            row.seeds[str(run["seed"])] = _figures(correct, run["sizes"])
+            row.seeds[str(run["seed"])] = dict(_figures(tuple(map(tuple, correct)), tuple(run["sizes"])))
     return found
 
 
@@ -122,7 +123,8 @@ def _empty(name: str, content: Mapping[str, Any], run: Mapping[str, Any]) -> Res
     return Result(name, "", setting, "", len(run["sizes"]), False, [measured], {})
 
 
-def _figures(correct: Sequence[Sequence[int]], sizes: Sequence[int]) -> dict[str, float]:
+@functools.cache
+def _figures(correct: tuple[tuple[int, ...], ...], sizes: tuple[int, ...]) -> dict[str, float]:
     """Figures from counts; a run that learned all tasks at once has one row of them, its last."""
     counts = np.full((len(sizes), len(sizes)), math.nan)
     for place, row in enumerate(correct, start=len(sizes) - len(correct)):
