@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,40 +71,34 @@ def execute(
         StoreError: the learner and its record do not fit together, or the folder cannot be written.
         LockedError: another process does the same.
     """
-    folder = run_folder(out, row, seed)
+    with _alone_in(run_folder(out, row, seed)) as folder:
+        stream = streams(seed)
+        measurement = measurement or _measurement(plan, row, streams, out)
+        record = _open_record(plan, row, seed, stream, folder, measurement)
+        pairs = _wanted_pairs(plan, record)
+        if record.is_complete and not pairs:
+            return record.values
+        stage = f"{record.values['label']}, seed {seed}"
+        progress(stage, record.rows_done, len(stream.tasks))
+        learner = _open_learner(plan, row, record)
+        _note_the_start(plan, record, learner, num_classes=len(stream.tasks[0].labels))
+        measurement.begin(learner, record, stream)
+        work = _Work(learner, record, stream, measurement, _prefixed(progress, stage), saving=plan.saving)
+        with open_trackers(plan, row, seed, learner=learner, out=out) as work.watch:
+            _learn_and_measure(plan, work, pairs, lambda done: progress(stage, done, len(stream.tasks)), out)
+        return record.values
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[Path]:
+    """Make a folder and keep other processes from writing to it, see `take_lock`."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = take_lock(folder)
     try:
-        return _execute(plan, row, seed, streams, out, progress, measurement)
+        yield folder
     finally:
         lock.release()
-
-
-def _execute(
-    plan: Plan,
-    row: str,
-    seed: int,
-    streams: StreamSource,
-    out: Path,
-    progress: Progress,
-    measurement: Measurement | None,
-) -> dict[str, Any]:
-    stream = streams(seed)
-    measurement = measurement or _measurement(plan, row, streams, out)
-    record = _open_record(plan, row, seed, stream, run_folder(out, row, seed), measurement)
-    pairs = _wanted_pairs(plan, record)
-    if record.is_complete and not pairs:
-        return record.values
-    stage = f"{record.values['label']}, seed {seed}"
-    progress(stage, record.rows_done, len(stream.tasks))
-    learner = _open_learner(plan, row, record)
-    _note_the_start(plan, record, learner, num_classes=len(stream.tasks[0].labels))
-    measurement.begin(learner, record, stream)
-    work = _Work(learner, record, stream, measurement, _prefixed(progress, stage), saving=plan.saving)
-    with open_trackers(plan, row, seed, learner=learner, out=out) as work.watch:
-        _learn_and_measure(plan, work, pairs, lambda done: progress(stage, done, len(stream.tasks)), out)
-    return record.values
 
 
 def _learn_and_measure(plan: Plan, work: _Work, pairs: list[int], tell: Callable[[int], None], out: Path) -> None:

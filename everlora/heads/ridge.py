@@ -60,13 +60,11 @@ def fit_ridge(
     if not bool(torch.isfinite(statistics.gram).all()):
         raise NumericError("the Gram matrix of the features is not finite; check the rows and the model.")
     errors: tuple[float, ...] = ()
-    whole = statistics
-    if held_out is not None and held_out.count:
-        whole = statistics.copy()
-        whole.merge(held_out)
+    held_out = FeatureStatistics(statistics.dim) if held_out is None else held_out
+    whole = statistics.copy()
+    whole.merge(held_out)
     if penalty is None and whole.count:
-        judged = held_out is not None and _judges(held_out, statistics)
-        errors = _errors(statistics, held_out) if judged and held_out is not None else _expected_errors(whole)
+        errors = _errors(statistics, held_out) if _judges(held_out, statistics) else _expected_errors(whole)
         penalty = PENALTIES[min(range(len(errors)), key=lambda index: errors[index])]
     penalty = 1e-3 if penalty is None else penalty
     return RidgeFit(_solve(whole, penalty), penalty, errors)

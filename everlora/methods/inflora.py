@@ -255,7 +255,6 @@ class InfLoRA(Method):
     def _measure(self, collect: Collect, stage: str) -> dict[str, SecondMoment]:
         """One pass over the training rows: the second moment of every group's input, padding left out."""
         mask: list[Tensor | None] = [None]
-
         options = self.options
 
         def keep_mask(batch: Batch) -> None:
@@ -291,9 +290,11 @@ class InfLoRA(Method):
 
     def _warn_of_single_directions(self, moments: dict[str, SecondMoment]) -> None:
         """Say once where one direction holds nearly all that the threshold counts."""
+        if self._has_warned:
+            return
         power = 2 if self.options.energy == "moment_squared" else 1
         single = [group for group, moment in moments.items() if moment.count and moment.leading_share(power) > _MOST]
-        if single and not self._has_warned:
+        if single:
             self._has_warned = True
             parts = (len(single), len(moments), single[0], 100 * _MOST)
             logger.warning(

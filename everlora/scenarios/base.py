@@ -81,7 +81,7 @@ class Scenario(ABC, Generic[Score, Result]):
     def load(self, dataset: Any, columns: Mapping[str, str | None] | None, *, labelled: bool = True) -> Examples:
         """Read rows to learn from or to be measured on (DataError where they cannot be used).
 
-        `labelled=False` takes rows without labels or answers, too: rows that are only to be recognised.
+        `labelled=False` takes rows without labels, too: rows that are only to be recognised. Answers are part of a row.
         """
 
     @abstractmethod
