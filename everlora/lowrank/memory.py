@@ -162,19 +162,21 @@ class GradientMemory:
                 down = torch.cat([down, down.new_zeros(rank - count, self.dim)])
             return down.to(self.device, self.dtype).contiguous()
 
-    def update(self, second_moment: SecondMoment | Tensor, threshold: float) -> int:
+    def update(self, second_moment: SecondMoment | Tensor, threshold: float, reserve: int = 0) -> int:
         """Protect the fewest further directions with which the captured energy reaches the threshold.
 
         Args:
             second_moment: of the inputs of the task just learned, a `SecondMoment` or a symmetric tensor.
             threshold: fraction of the energy, in (0, 1]. Energy of at most 1e-12 of the total counts as rounding:
                 with threshold 1 directions whose eigenvalue is below about 1e-6 of the largest stay free.
+            reserve: directions to keep free for later tasks, fewer than `dim`: where the threshold asks for more
+                than that leaves, the leading ones are taken and the energy left out is logged.
 
         Returns:
             How many directions were added; 0 is normal.
 
         Raises:
-            OptionError: `threshold` is outside (0, 1].
+            OptionError: `threshold` is outside (0, 1], or `reserve` is outside [0, dim).
             ShapeError: the moment has the wrong shape, dtype or is not symmetric.
             NumericError: the moment is empty or not finite.
 
@@ -183,14 +185,19 @@ class GradientMemory:
         """
         if isinstance(threshold, bool) or not 0.0 < threshold <= 1.0:
             raise OptionError(f"threshold must lie in (0, 1], got {threshold!r}; the usual value is 0.95")
+        if not 0 <= reserve < self.dim:
+            raise OptionError(f"reserve={reserve} leaves nothing to protect of {self.dim} input directions; lower it")
         with normal_mode():
             moment, scale = self._accept(second_moment)
             if scale == 0.0:
                 warnings.warn("the second moment is zero, nothing to protect; check the layer's inputs", stacklevel=2)
                 self._last_added = 0
                 return 0
-            directions = self._directions_needed(moment, threshold)
+            needed = self._directions_needed(moment, threshold)
+            directions = needed[:, : max(0, self.free_rank - reserve)]
             self._extend(self._orthogonalised(directions))
+            if directions.shape[1] < needed.shape[1]:
+                self._log_left_out(moment, needed.shape[1] - directions.shape[1])
             return directions.shape[1]
 
     def append(self, directions: Tensor, *, counted: bool = True) -> None:
@@ -372,6 +379,14 @@ class GradientMemory:
     def _accept(self, second_moment: SecondMoment | Tensor) -> tuple[Tensor, float]:
         matrix = second_moment.matrix if isinstance(second_moment, SecondMoment) else second_moment
         return scaled(as_symmetric(matrix, self.dim, self._place))
+
+    def _log_left_out(self, moment: Tensor, count: int) -> None:
+        squared = self.energy == "moment_squared"
+        share = 1.0 - self._held_energy(moment, squared) / total_energy(moment, squared)
+        message = (
+            "%d directions that the threshold asks for are left out to keep %d free; %.3g %% of energy is unprotected"
+        )
+        _LOG.info(message, count, self.free_rank, 100 * share)
 
     def _log_effective_rank(self, values: Tensor, count: int) -> None:
         if count == 0:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
@@ -68,6 +68,8 @@ class InfLoRAOptions:
         form: `moment_squared` designs from `P C C P` (official code), `moment` from `P C P` (paper).
         energy: what the threshold counts: squared eigenvalues of the second moment (official) or eigenvalues.
         first_task: `below` stops one direction short of the threshold at the first task (official); `reach` reaches it.
+        reserve: input directions of each layer that the memory never takes, so that later tasks have room; 0 (official)
+            lets the threshold alone decide.
         projection: False leaves the memory out, so that branches may overlap old tasks (the paper's ablation).
         second_pass: measure inputs again after training (official); False reuses the pass before training.
         stats_max_batches: cap on the batches of a measuring pass; None sees all rows.
@@ -96,6 +98,7 @@ class InfLoRAOptions:
     form: Literal["moment_squared", "moment"] = "moment_squared"
     energy: Literal["moment_squared", "moment"] = "moment_squared"
     first_task: Literal["below", "reach"] = "below"
+    reserve: Annotated[int, Field(ge=0)] = 0
     projection: bool = True
     second_pass: bool = True
     stats_max_batches: Annotated[int, Field(ge=1)] | None = None
@@ -138,6 +141,7 @@ class InfLoRA(Method):
             train_down=False,
         )
         require_one_group(self._layers, "the space of its inputs")
+        _require_room(self._layers, options.reserve)
         self._groups: dict[str, list[str]] = {}
         self.memories: dict[str, GradientMemory] = {}
         self.aligner = aligner_of(options, encoder)
@@ -167,8 +171,8 @@ class InfLoRA(Method):
         epsilon = self.threshold(task.index)
         if self.options.projection:
             self._warn_of_single_directions(moments)
-            for group, memory in self.memories.items():
-                self._protected[task_key(task.index, f"memory/{group}")] = _protect(group, memory, moments, epsilon)
+            for group in self.memories:
+                self._protected[task_key(task.index, f"memory/{group}")] = self._protect(group, moments, epsilon)
         for layer in self._layers.values():
             layer.fold_block()
         self.heads.freeze()
@@ -319,6 +323,14 @@ class InfLoRA(Method):
         if rank:
             share_down([self._layers[name] for name in names])  # their product with the common input is computed once
 
+    def _protect(self, group: str, moments: dict[str, SecondMoment], epsilon: float) -> Tensor:
+        """Let a memory take in what its layers read; returns the directions added, `(d, n)`, none for unread layers."""
+        memory = self.memories[group]
+        if not moments[group].count:
+            return torch.zeros(memory.dim, 0, dtype=torch.float64)
+        _named(group, memory.update, moments[group], epsilon, self.options.reserve)
+        return memory.last_added.cpu()
+
     def _empty_memory(self, dim: int) -> GradientMemory:
         options = self.options
         return GradientMemory(dim, form=options.form, energy=options.energy, first_task=options.first_task)
@@ -338,12 +350,13 @@ def _schedule(options: InfLoRAOptions) -> Callable[[int], float]:
     return LinearThreshold(options.threshold_start, options.threshold_end, options.total_tasks)
 
 
-def _protect(group: str, memory: GradientMemory, moments: dict[str, SecondMoment], epsilon: float) -> Tensor:
-    """Let a memory take in what its layers read; returns the directions added, `(d, n)`, none for unread layers."""
-    if not moments[group].count:
-        return torch.zeros(memory.dim, 0, dtype=torch.float64)
-    _named(group, memory.update, moments[group], epsilon)
-    return memory.last_added.cpu()
+def _require_room(layers: Mapping[str, AdaptedLayer], reserve: int) -> None:
+    for name, layer in layers.items():
+        if reserve >= layer.in_features:
+            raise OptionError(
+                f"reserve={reserve} leaves nothing to protect of the {layer.in_features} input directions of layer "
+                f"'{name}'; give less."
+            )
 
 
 def _named(group: str, compute: Callable[..., Result], *arguments: object) -> Result:

@@ -216,6 +216,35 @@ def test_the_first_update_keeps_one_direction_even_above_the_threshold():
     assert memory.update(c, 0.5) == 0
 
 
+def test_a_reserve_keeps_directions_free_and_takes_the_leading_ones(caplog):
+    free, kept = GradientMemory(20, first_task="reach"), GradientMemory(20, first_task="reach")
+    with caplog.at_level("INFO", logger="everlora.lowrank.memory"):
+        assert free.update(moment(20), 0.9999) > 5
+        assert not caplog.messages
+        assert kept.update(moment(20), 0.9999, reserve=15) == 5
+    assert torch.equal(kept.last_added, free.last_added[:, :5])
+    left_out = 100 * (1 - kept.captured(moment(20)))
+    needed = free.occupied_rank - 5
+    assert caplog.messages == [
+        f"{needed} directions that the threshold asks for are left out to keep 15 free; {left_out:.3g} % of energy is "
+        "unprotected"
+    ]
+    assert kept.update(moment(20, seed=1), 0.9999, reserve=15) == 0
+    assert kept.free_rank == 15
+
+
+def test_a_reserve_that_does_not_bind_changes_no_bit():
+    with_it, without = GradientMemory(20), GradientMemory(20)
+    assert with_it.update(moment(20), 0.9, reserve=3) == without.update(moment(20), 0.9)
+    assert torch.equal(with_it.basis, without.basis)
+
+
+@pytest.mark.parametrize("reserve", [-1, 20])
+def test_a_reserve_of_the_whole_space_is_refused(reserve):
+    with pytest.raises(OptionError, match=f"reserve={reserve} leaves nothing to protect of 20"):
+        GradientMemory(20).update(moment(20), 0.9, reserve=reserve)
+
+
 def test_repeating_an_update_adds_what_the_first_left_out_and_then_nothing():
     c = moment(15, seed=3)
     memory = GradientMemory(15)

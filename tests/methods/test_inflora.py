@@ -308,6 +308,20 @@ def test_a_full_memory_leaves_a_smaller_branch_and_then_none() -> None:
     assert all(torch.isfinite(layer.effective_weight()).all() for layer in method.layers().values())
 
 
+def test_a_reserve_leaves_every_task_its_whole_branch(recwarn: pytest.WarningsRecorder) -> None:
+    options = {"threshold": "constant", "threshold_start": 1 - 1e-12, "first_task": "reach", "rank": 5}
+    method, _, _ = _run(4, reserve=5, total_tasks=None, **options)
+    assert not [w for w in recwarn if "free input directions" in str(w.message)]
+    assert next(iter(method.layers().values())).past_ranks.tolist() == [5] * 4
+    assert {memory.free_rank for memory in method.memories.values()} == {5}
+    restored = _make(ToyEncoder(), reserve=5, total_tasks=None, **options)
+    restored.load_state(method.state())
+    for memory, twin in zip(method.memories.values(), restored.memories.values(), strict=True):
+        assert torch.equal(memory.basis, twin.basis) and memory.updates == twin.updates
+    with pytest.raises(OptionError, match=f"reserve={WIDTH} leaves nothing to protect of the {WIDTH} input directions"):
+        _make(ToyEncoder(), reserve=WIDTH)
+
+
 def test_a_layer_that_read_only_zeros_has_its_first_task_still_to_come() -> None:
     method, _, _ = _run(1)
     state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in method.state().items()}
