@@ -38,7 +38,7 @@ class OLoraOptions:
         lambda_2: weight of the norms of the new factors.
         orth_norm: the overlap is the sum of absolute products of rows (`l1`, public code) or of their squares (`fro2`).
         rank: of each task's adapter.
-        alpha: each adapter counts with alpha over its rank.
+        alpha: an adapter counts with `alpha / rank`, also in a layer too small for all of the rank.
         lora_dropout: share of the inputs of the new adapter that are dropped in training; None takes 0.1, and 0 where
             convolutions are adapted.
         targets: name patterns of the layers to adapt; None takes those of the model.
@@ -81,8 +81,8 @@ class OLora(Method):
         self._layers = attach(encoder.model, targets, self._ranks, forward_mode=options.forward_mode)
         require_one_group(self._layers, "the space of its rows")
         dropout = _dropout(options, self._layers)
-        for name, layer in self._layers.items():
-            layer.scale, layer.dropout = options.alpha / self._ranks[name], dropout
+        for layer in self._layers.values():
+            layer.scale, layer.dropout = options.alpha / options.rank, dropout
             layer.start_block(0)  # nothing is trained before the first task
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
@@ -139,8 +139,9 @@ class OLora(Method):
             for index, block in enumerate(layer.blocks()):
                 state[task_key(index, f"adapter/{name}/down")] = block.down.cpu()
                 state[task_key(index, f"adapter/{name}/up")] = block.up.cpu()
+        alphas = {name: self.options.alpha * rank / self.options.rank for name, rank in self._ranks.items()}
         for index in range(len(self.heads.classes)):
-            state[task_key(index, "alphas")] = dict.fromkeys(self._layers, self.options.alpha)
+            state[task_key(index, "alphas")] = alphas
         return state
 
     def load_state(self, state: State) -> None:

@@ -89,7 +89,7 @@ class TunedEncoder:
                 rank = capped_ranks(encoder.model, find_targets(encoder.model, targets), options.rank)
             self.layers = attach(encoder.model, targets, rank, forward_mode=options.forward_mode)
             for layer in self.layers.values():
-                layer.scale = 1.0 if options.alpha is None else options.alpha / layer.rank
+                layer.scale = 1.0 if options.alpha is None else options.alpha / options.rank
         elif self.train == "head" and encoder.output_head is not None:
             raise UnsupportedError("a language model has no head of its own to train; use train=adapter or train=all.")
 

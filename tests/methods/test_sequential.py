@@ -91,6 +91,18 @@ def test_ranks_fit_each_convolution(models: dict[str, Path]) -> None:
     assert not torch.equal(bench.backbone.features(bench.batch(0, [0, 1]).inputs), before)
 
 
+def test_layers_of_lower_rank_count_as_much_as_others(models: dict[str, Path]) -> None:
+    options = {"sequential": {"train": "adapter"}, "ewc": {"train": "adapter"}, "o_lora": {}}
+    for method, more in options.items():
+        bench = Bench(models["resnet"], "resnet", method, rank=15, alpha=30, **more)
+        bench.begin(0)
+        layers = bench.method.layers()
+        assert {layer.rank for layer in layers.values()} == {14, 15}
+        assert {layer.scale for layer in layers.values()} == {2.0}
+        saved = next(value for key, value in bench.method.state().items() if key.endswith("alphas"))
+        assert saved == {name: 2.0 * layer.rank for name, layer in layers.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("train", ["adapter", "all"])
 def test_a_learner_goes_on_after_reopening(train: str, models: dict[str, Path], tmp_path: Path) -> None:
