@@ -124,6 +124,20 @@ def test_exactly_the_tasks_own_state_is_trained(
         assert all(p.ndim < 2 for p in bench.method.parameters()["norm"])
 
 
+def test_perfect_scores_leave_no_loss(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make("resnet", folders, "convlora", {})
+    bench.method.begin_task(TaskInfo(0, "new", (0, 1), 8), None)  # type: ignore[arg-type]
+    batch = bench.batch(0)
+    weight, bias = bench.method.heads.trained()
+    features = torch.nn.functional.one_hot(batch.labels, weight.shape[1]).float()
+    monkeypatch.setattr(bench.method.encoder, "features", lambda inputs: features)
+    with torch.no_grad():
+        bias.zero_()
+        weight.copy_(20 * torch.eye(*weight.shape))
+    # scores that went through a softmax before the cross-entropy could not come below log(1 + 1 / e) = 0.31
+    assert float(bench.method.loss(batch).value.detach()) < 0.01
+
+
 @pytest.mark.parametrize(("kind", "name", "options"), ON_RESNET)
 def test_a_task_is_the_same_whatever_came_before(
     kind: str, name: str, options: dict[str, Any], folders: dict[str, Path]
