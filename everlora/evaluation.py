@@ -92,8 +92,10 @@ class Evaluator:
             predicted=self._tally(predicted),
         )
 
-    def evaluate(self, examples: Examples, names: Sequence[str], tasks: Sequence[Sequence[str]]) -> Evaluation:
-        """Accuracy on labelled rows, split by the task that taught each label first."""
+    def evaluate(
+        self, examples: Examples, names: Sequence[str], tasks: Sequence[Sequence[str]], *, given: bool = False
+    ) -> Evaluation:
+        """Accuracy on labelled rows, split by the task that taught each label first; see `count` for `given`."""
         if examples.labels is None:
             raise DataError("the rows carry no labels; name the label column.")
         first: dict[str, int] = {}
@@ -109,7 +111,7 @@ class Evaluator:
         owners = [first[str(label)] for label in examples.labels]
         for index in sorted(set(owners)):
             rows = examples.select([i for i, owner in enumerate(owners) if owner == index])
-            counts[names[index]] = self.count(rows, tasks[index], tasks, task=index)
+            counts[names[index]] = self.count(rows, tasks[index], tasks, task=index, given=given)
         return self.summary(counts)
 
     def predict(self, examples: Examples, task: int | None, rejection: Rejection | None = None) -> list[Prediction]:

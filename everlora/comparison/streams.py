@@ -45,7 +45,8 @@ def by_stream(folders: Sequence[RunFolder]) -> list[StreamRuns]:
     """Divide folders by stream, in order of first appearance.
 
     Two folders share a stream when name, scenario, number of tasks, classes, numbers of rows and the rows that
-    accuracy is measured on agree, and the order of tasks is the same for every seed that both have.
+    accuracy is measured on agree, the data is the same to the last row, and the order of tasks is the same for every
+    seed that both have.
 
     Raises:
         DataError: what a folder says of its stream cannot be read.
@@ -67,15 +68,16 @@ def _put(folder: RunFolder, groups: list[StreamRuns]) -> None:
         _described(stream)  # whatever is damaged in one is said here
     identity = _identity(folder)
     alike = [group for group in groups if _identity(group.folders[0]) == identity]
-    home = next((group for group in alike if all(_same_orders(other, folder) for other in group.folders)), None)
+    home = next(
+        (group for group in alike if all(_reason_apart(other, folder) is None for other in group.folders)), None
+    )
     if home is None:
         home = StreamRuns(folder.results["stream"])
         groups.append(home)
         if alike:
-            home.notes.append(
-                f"{folder.name} takes the classes in another order than {alike[0].folders[0].name} for the same seed, "
-                "so the two have tables of their own."
-            )
+            other = alike[0].folders[0]
+            reason = next(filter(None, (_reason_apart(one, folder) for one in alike[0].folders)))
+            home.notes.append(f"{folder.name} {reason} {other.name}, so the two have tables of their own.")
     home.folders.append(folder)
 
 
@@ -108,10 +110,18 @@ def _evaluated_on(results: Mapping[str, Any]) -> str:
     return str((results.get("settings") or {}).get("evaluate_on") or "test")
 
 
-def _same_orders(one: RunFolder, other: RunFolder) -> bool:
-    """Whether every seed that both folders have orders the same rows into the same tasks."""
+def _reason_apart(one: RunFolder, other: RunFolder) -> str | None:
+    """Why the second cannot stand beside the first: other rows, or another order for a seed that both have.
+
+    Results of earlier versions do not say which rows they read.
+    """
+    hashes = {folder.results.get("data_hash") for folder in (one, other)} - {None}
+    if len(hashes) > 1:
+        return "read other rows than"
     first, second = (folder.results.get("streams") or {} for folder in (one, other))
-    return all(_order(first[seed]) == _order(second[seed]) for seed in first if seed in second)
+    if all(_order(first[seed]) == _order(second[seed]) for seed in first if seed in second):
+        return None
+    return "takes the classes in another order for the same seed than"
 
 
 def _order(stream: Mapping[str, Any]) -> tuple[Any, ...]:

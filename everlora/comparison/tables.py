@@ -89,7 +89,7 @@ def stream_tables(folders: Sequence[RunFolder], choices: Choices) -> list[Stream
         raise OptionError(f"there is no paired test '{choices.test}'; known: {', '.join(TESTS)}")
     project = None if choices.printed_as is None else checked_project(choices.printed_as)
     tables = [_table(group) for group in by_stream(folders)]
-    if len(folders) > 1 and all(len(table.rows) == 1 for table in tables):
+    if len(tables) > 1 and all(len(table.rows) == 1 for table in tables):
         titles = "; ".join(table.title for table in tables)
         raise DataError(
             f"these {len(folders)} runs have nothing in common: each is of another stream with one row ({titles}); "

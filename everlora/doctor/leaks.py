@@ -77,7 +77,12 @@ def check_leaks(tasks: list[ComingTask]) -> Iterator[Finding]:
 
 def _judged_and_learned(judged: _Contents, trained: Sequence[_Contents]) -> Iterator[Finding]:
     loose = _found_in(judged, trained)
-    exact = {key: other for key, other in loose.items() if _is_exact(key, judged, other)}
+    exact = {
+        key: other
+        for key in loose
+        for other in reversed(trained)
+        if key in other.loose and _is_exact(key, judged, other)
+    }
     total = len(judged.part.rows)
     for kind, found in (
         ("", exact),
@@ -107,7 +112,7 @@ def _shared(one: _Contents, others: Sequence[_Contents], therefore: str, mend: s
 
 def _found_in(one: _Contents, others: Sequence[_Contents]) -> dict[str, _Contents]:
     """What a part says that another says too, and the first that does, without regard to case and white space."""
-    return {key: other for key in one.loose for other in others if key in other.loose}
+    return {key: other for key in one.loose for other in reversed(others) if key in other.loose}
 
 
 def _is_exact(key: str, one: _Contents, other: _Contents) -> bool:

@@ -135,6 +135,7 @@ def cut_stream(
             initial=stream.initial or stream.increment,
             increment=stream.increment,
             seed=order_seed,
+            scenario=stream.scenario,
             subsample=subsample,
             subsample_seed=setting.subsample.seed,
         )

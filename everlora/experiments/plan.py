@@ -21,11 +21,23 @@ from everlora.methods import list_methods, method_spec
 from everlora.settings import Settings
 from everlora.streams import Examples, Stream
 
-__all__ = ["Plan", "StreamSource", "Streams", "identity", "make_plan", "method_row", "row_options"]
+__all__ = [
+    "DATA_HASH",
+    "Plan",
+    "StreamSource",
+    "Streams",
+    "changes",
+    "fingerprint_of",
+    "identity",
+    "make_plan",
+    "method_row",
+    "row_options",
+]
 
 Given = Mapping[str, Any]
 
 ALL_ROWS = "all"
+DATA_HASH = "data_hash"
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,11 @@ class Streams:
         self._read()
         return ", ".join(source.text for source in self._sources)
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all rows that were read, whatever part of them is used."""
+        return fingerprint_of(self._read())
+
     def general(self) -> list[tuple[str, Examples]]:
         """Name and test rows of each data set of general abilities; the same for every seed."""
         if self._general is None:
@@ -238,8 +255,21 @@ def row_options(plan: Plan, row: str, seed: int, num_tasks: int) -> dict[str, An
     options |= _suitable(setting.set, known) | spec.set | _suitable(plan.options, known)
     if "total_tasks" in known:
         options.setdefault("total_tasks", num_tasks)
-    options.setdefault("seed", seed)
-    return options
+    return options | {"seed": seed}
+
+
+def changes(before: Given, values: Given, names: Sequence[str]) -> list[str]:
+    """What of a plan is not as it was when it was written to a folder, in the reader's words.
+
+    Folders of earlier versions may lack a field; that is no change.
+    """
+    words = {"text": "recipe text", "first_task": "choice of tasks", DATA_HASH: "state of the data"}
+    return [words.get(name, name) for name in names if before.get(name, values[name]) != values[name]]
+
+
+def fingerprint_of(parts: Sequence[tuple[str, Splits]]) -> str:
+    """Return one hash of data sets, over every row of their splits."""
+    return identity({"parts": [[name, {split: rows.fingerprint for split, rows in of.items()}] for name, of in parts]})
 
 
 def identity(values: Mapping[str, Any]) -> str:
@@ -294,6 +324,10 @@ def _check_options(plan: Plan, recipe: Recipe) -> None:
     """Refuse wrong options before anything runs, also those that would be dropped because no chosen row has them."""
     by_method = _method_options()
     chosen = set().union(*(method_spec(method_row(recipe, row).method).option_names for row in plan.rows))
+    given: dict[str, Given] = {"recipe": recipe.training, "setting": plan.setting.training | plan.setting.set}
+    given |= {f"row {row}": method_row(recipe, row).set for row in plan.rows} | {"options given": plan.options}
+    if where := next((name for name, options in given.items() if "seed" in options), None):
+        raise OptionError(f"The {where} may not set 'seed', which every run has its own of; name seeds with --seeds.")
     for key in plan.options:
         owners = sorted(name for name, names in by_method.items() if key in names)
         if owners and key not in chosen:

@@ -22,10 +22,10 @@ from everlora.experiments.commits import commits
 from everlora.experiments.data import Progress
 from everlora.experiments.execution import execute
 from everlora.experiments.paths import has_path, path_positions
-from everlora.experiments.plan import Plan, Streams, make_plan, method_row
+from everlora.experiments.plan import DATA_HASH, Plan, Streams, changes, make_plan, method_row
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.recipe import recipe_text
-from everlora.experiments.records import is_fresh, read_json, write_json
+from everlora.experiments.records import as_read, is_fresh, read_json, write_json
 from everlora.experiments.schema import PublishedFigure
 from everlora.report import write_report
 from everlora.tracking import check_trackers
@@ -39,7 +39,7 @@ logger = logging.getLogger("everlora.experiments")
 FORMAT = 1
 _LIBRARIES = ("torch", "transformers", "datasets", "numpy", "peft", "accelerate", "scikit-learn", "safetensors")
 # Rows and seeds may be added to a folder later; these must stay as they are.
-_FIXED = ("text", "setting", "model", "data", "options")
+_FIXED = ("text", "setting", "model", "data", "options", DATA_HASH)
 _COPIED = (
     "method",
     "label",
@@ -145,13 +145,13 @@ def run(
     report = progress or _silent
     streams = Streams(plan, report)
     streams(plan.seeds[0])  # data that is missing or wrong is reported here, before any process starts
-    folder = _open_folder(plan, Path(out) if out is not None else None)
+    folder = _open_folder(plan, Path(out) if out is not None else None, streams.fingerprint)
     if workers == 1:
         for row, seed in plan.jobs:
             execute(plan, row, seed, streams=streams, out=folder, progress=report)
     else:
         run_jobs(folder / "plan.json", plan.jobs, workers=workers, progress=report)
-    results = _results(plan, folder, streams.source, threads=torch.get_num_threads() if workers == 1 else 1)
+    results = _results(plan, folder, streams, threads=torch.get_num_threads() if workers == 1 else 1)
     write_json(folder / "results.json", results)
     write_report(results, folder / "report.html")
     return results | {"folder": str(folder)}
@@ -180,19 +180,16 @@ def _silent(stage: str, done: int, total: int) -> None:
     """Progress for nobody."""
 
 
-def _open_folder(plan: Plan, out: Path | None) -> Path:
+def _open_folder(plan: Plan, out: Path | None, data_hash: str) -> Path:
     """Make the folder and put the plan into it, or check that the plan there is the same experiment."""
     if out is None:
         moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         out = Path("runs") / f"{plan.recipe.name}-{moment}"
     file = out / "plan.json"
-    values = plan.to_json()
+    values = as_read({**plan.to_json(), DATA_HASH: data_hash})
     if file.exists():
-        before = read_json(file)
-        changed = [name for name in _FIXED if before.get(name) != values[name]]
-        if changed:
-            what = "recipe text" if changed[0] == "text" else changed[0]
-            raise OptionError(f"{out} holds results with another {what}; choose another folder with --out.")
+        if other := changes(read_json(file), values, _FIXED):
+            raise OptionError(f"{out} holds results with another {other[0]}; choose another folder with --out.")
     elif not is_fresh(out, file.name):
         raise OptionError(f"{out} is not empty and holds no results of a run; choose another folder with --out.")
     write_json(file, values)
@@ -207,7 +204,7 @@ def _finished(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     return sorted(done, key=lambda record: (order.get(record["method"], len(order)), record["method"], record["seed"]))
 
 
-def _results(plan: Plan, folder: Path, source: str, *, threads: int) -> dict[str, Any]:
+def _results(plan: Plan, folder: Path, data: Streams, *, threads: int) -> dict[str, Any]:
     recipe, setting = plan.recipe, plan.setting
     records = _finished(plan, folder)
     seeds = sorted({int(record["seed"]) for record in records})
@@ -221,7 +218,8 @@ def _results(plan: Plan, folder: Path, source: str, *, threads: int) -> dict[str
         "recipe": {"name": recipe.name, "title": recipe.title, "status": recipe.status, "text": plan.text},
         "stream": {**stream, "order_seed": stream["order_seed"] if same_order else "the run's seed"},
         "streams": {str(seed): streams[seed] for seed in seeds},
-        "data": source,
+        "data": data.source,
+        DATA_HASH: data.fingerprint,
         "model": plan.model if not Path(plan.model).is_dir() else Path(plan.model).name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"everlora": __version__, "python": platform.python_version(), **_library_versions()},

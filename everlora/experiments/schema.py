@@ -231,6 +231,9 @@ class Recipe(Part):
             raise ValueError("needs table: language for stream.scenario: language, and for nothing else; change one")
         if not is_language and (self.retention or self.samples or self.general or self.answers):
             raise ValueError("measures retention, samples, general or answers, which only language models have")
+        cuts = [self.stream.by, *(setting.stream.get("by", self.stream.by) for setting in self.settings.values())]
+        if self.data.sets and set(cuts) != {"datasets"}:
+            raise ValueError("has data.sets, of which only stream.by: datasets makes tasks; change one")
         if any(part.name is None for part in self.general):
             raise ValueError("has an entry without a name under general; give each data set a name")
         return self

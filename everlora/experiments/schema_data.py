@@ -77,6 +77,9 @@ class DataSpec(Part):
             raise ValueError("names no source; give one of hub, shared, builtin or sets")
         if any(part.name is None for part in self.sets):
             raise ValueError("has an entry without a name under sets; give each data set a name")
+        beside = sorted(self.model_fields_set - {"sets", "name"})
+        if self.sets and beside:
+            raise ValueError(f"has {beside[0]} beside sets, where nothing reads it; put it into each data set")
         return self
 
 

@@ -27,6 +27,11 @@ class ClassScenario(Scenario[Counts, Evaluation]):
 
     _label_kind: str | None = None
 
+    @property
+    def _has_task(self) -> bool:
+        """Whether every row comes with its task, so that only the task's classes compete."""
+        return self.name == "task_incremental"
+
     def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Take account of the tasks learned so far, from what was recorded of them."""
         super().restore(records)
@@ -81,7 +86,7 @@ class ClassScenario(Scenario[Counts, Evaluation]):
             rows.classes if task is None else self.labels[task],
             self.labels,
             task=task,
-            given=self.name == "task_incremental",
+            given=self._has_task,
         )
 
     def summary(self, scores: Mapping[str, Counts]) -> Evaluation:
@@ -90,7 +95,7 @@ class ClassScenario(Scenario[Counts, Evaluation]):
 
     def evaluate(self, trainer: TaskTrainer, rows: Examples, names: Sequence[str]) -> Evaluation:
         """Accuracy on labelled rows, split by the task that taught each label first."""
-        return Evaluator(trainer, self.classes).evaluate(rows, names, self.labels)
+        return Evaluator(trainer, self.classes).evaluate(rows, names, self.labels, given=self._has_task)
 
     def predict(
         self, trainer: TaskTrainer, inputs: Examples, task: int | None, rejection: Rejection | None = None

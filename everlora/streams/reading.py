@@ -59,8 +59,8 @@ def _read_mapping(data: Mapping[str, Any]) -> Source:
     tables: dict[str, Table] = {}
     for name, part in data.items():
         inner = read_tables(part)
-        table = inner.tables["train"]
         split = SPLIT_NAMES.get(str(name).lower(), str(name))
+        table = pick_split(inner.tables, split, origin_of(part)) if inner.is_divided else inner.tables["train"]
         tables[split] = Table(f"{table.origin} ({name})", table.columns, table.num_rows, table.folder)
     if not tables:
         raise DataError("the data set has no splits; give at least a train split")

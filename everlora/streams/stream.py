@@ -115,6 +115,7 @@ def by_class(
     initial: int,
     increment: int,
     seed: int | None,
+    scenario: str = "class_incremental",
     subsample: Subsample | None = None,
     subsample_seed: int = 0,
 ) -> Stream:
@@ -126,11 +127,12 @@ def by_class(
         initial: classes of the first task (`B0-IncY` of the literature: `initial = increment = Y`).
         increment: classes of every later task; the last task takes what is left.
         seed: seed of the class order over the data set's own list of classes, None for that list's order.
+        scenario: what the tasks mean; the rows are the same for every scenario.
         subsample: rows to keep per class, by split name; None or a missing split keeps all.
         subsample_seed: seed of that draw.
 
     Returns:
-        A class-incremental stream.
+        A stream whose tasks have classes of their own.
 
     Raises:
         DataError: no train split or labels, a class without training rows, a test label that training never shows,
@@ -152,7 +154,7 @@ def by_class(
         _class_task(splits, index, order[start:stop])
         for index, (start, stop) in enumerate(zip(starts, stops, strict=True))
     )
-    return Stream(name, "class_incremental", tasks, names, order, seed, dict(subsample or {}))
+    return Stream(name, scenario, tasks, names, order, seed, dict(subsample or {}))
 
 
 def by_column(

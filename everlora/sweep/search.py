@@ -13,10 +13,10 @@ from typing import Any
 from everlora import __version__
 from everlora.errors import OptionError, UnsupportedError, nearest
 from everlora.experiments.data import Progress
-from everlora.experiments.plan import Plan, make_plan
+from everlora.experiments.plan import DATA_HASH, Plan, changes, make_plan
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.recipe import load_recipe, recipe_text
-from everlora.experiments.records import is_fresh, read_json, write_json
+from everlora.experiments.records import as_read, is_fresh, read_json, write_json
 from everlora.report.page import write_text
 from everlora.report.sweep import markdown_table, write_sweep_report
 from everlora.sweep.plan import SweepPlan, Trial, make_trials
@@ -34,7 +34,7 @@ PLAN_FILE, RESULTS_FILE = "sweep-plan.json", "sweep.json"
 METRICS = ("last", "avg")
 BACKENDS = ("local", "ray")
 # What has to stay for the values in a folder to be comparable; trials and seeds may be added.
-_FIXED = ("first_task", "fraction", "split_seed", "metric")
+_FIXED = ("first_task", "fraction", "split_seed", "metric", DATA_HASH)
 _FIXED_OF_PLAN = ("text", "setting", "model", "data", "options")
 
 
@@ -107,7 +107,7 @@ def sweep(
     for one in plan.plan.seeds[:1]:
         streams(one)  # data that is missing or wrong is reported here, before any process starts
     folder = Path(out)
-    plan = _open_folder(plan, folder)
+    plan = _open_folder(plan, folder, streams.fingerprint)
     _run(plan, folder, streams, workers=workers, backend=backend, progress=progress or _silent)
     results = _results(plan, tried, folder, streams.source, random=random, seed=seed)
     write_json(folder / RESULTS_FILE, results)
@@ -146,20 +146,16 @@ def _checked_plan(
     return make_plan(text, file=file, methods=methods, seeds=seeds, options=options, **common)
 
 
-def _open_folder(plan: SweepPlan, out: Path) -> SweepPlan:
+def _open_folder(plan: SweepPlan, out: Path, data_hash: str) -> SweepPlan:
     """Put the plan into the folder, behind the trials of an earlier one that is the same otherwise."""
-    file, values = out / PLAN_FILE, plan.to_json()
+    file, values = out / PLAN_FILE, as_read({**plan.to_json(), DATA_HASH: data_hash})
     if file.exists():
         before = read_json(file)
-        pairs = [(name, before.get(name), values[name]) for name in _FIXED]
-        pairs += [(name, before["plan"].get(name), values["plan"][name]) for name in _FIXED_OF_PLAN]
-        changed = [name for name, old, new in pairs if old != new]
-        if changed:
-            what = {"text": "recipe text", "first_task": "choice of tasks"}.get(changed[0], changed[0])
-            raise OptionError(f"{out} holds a sweep with another {what}; choose another folder with --out.")
+        if other := changes(before, values, _FIXED) + changes(before["plan"], values["plan"], _FIXED_OF_PLAN):
+            raise OptionError(f"{out} holds a sweep with another {other[0]}; choose another folder with --out.")
         known = {trial.name for trial in SweepPlan.from_json(before).trials}
-        added = [trial for trial in plan.trials if trial.name not in known]
-        values["trials"] = [*before["trials"], *({"row": one.row, "options": dict(one.options)} for one in added)]
+        added = [one for trial, one in zip(plan.trials, values["trials"], strict=True) if trial.name not in known]
+        values["trials"] = [*before["trials"], *added]
     elif not is_fresh(out, file.name):
         raise OptionError(f"{out} is not empty and holds no sweep; choose another folder with --out.")
     write_json(file, values)

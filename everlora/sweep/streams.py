@@ -9,6 +9,7 @@ from typing import Any
 from everlora.errors import DataError
 from everlora.experiments.data import Progress, cut_stream, hub_configuration, without_labels
 from everlora.experiments.language_data import first_bytes, hold_out_texts
+from everlora.experiments.plan import fingerprint_of
 from everlora.experiments.recipe import stream_of
 from everlora.experiments.schema import DataSpec, Recipe, Setting
 from everlora.experiments.sources import Source, given_part, locate
@@ -54,6 +55,11 @@ class SearchStreams:
         """Where the data was read from, as one line."""
         self._read()
         return ", ".join(source.text for source in self._sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all training rows that were read."""
+        return fingerprint_of([(name, {_TRAIN: rows}) for name, rows in self._read()])
 
     def _made(self, seed: int) -> tuple[Stream, int]:
         if self._newest is None or self._newest[0] != seed:

@@ -138,6 +138,21 @@ def test_the_same_seed_with_another_order_is_another_stream(tmp_path: Path) -> N
     assert len(found.tables) == 2 and "another order" in found.tables[1].notes[0]
 
 
+def test_the_same_stream_of_other_rows_has_a_table_of_its_own(tmp_path: Path) -> None:
+    paths = [folder(tmp_path / name, results() | {"data_hash": name[0]}) for name in ("a", "a2", "b")]
+    before = folder(tmp_path / "c")  # results of an earlier version do not say which rows they read
+    found = compare([*paths, before])
+    assert [[one.name for one in table.folders] for table in found.tables] == [["a", "a2", "c"], ["b"]]
+    assert found.tables[1].notes[0] == "b read other rows than a, so the two have tables of their own."
+
+
+def test_single_rows_of_one_stream_with_other_seeds_are_one_row(tmp_path: Path) -> None:
+    whole, part = (results({"ours": COUNTS["ours"]}) for _ in range(2))
+    whole["runs"], part["runs"] = whole["runs"][:2], part["runs"][2:]
+    [found] = compare([folder(tmp_path / "a", whole), folder(tmp_path / "b", part)]).tables
+    assert [row.n for row in found.rows] == [3]
+
+
 def test_runs_without_anything_in_common_are_refused(tmp_path: Path) -> None:
     one, other = (results({"ours": COUNTS["ours"]}) for _ in range(2))
     other["stream"]["name"] = "cars"

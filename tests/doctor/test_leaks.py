@@ -53,6 +53,16 @@ def test_rows_that_differ_in_case_or_space_only_are_near_and_a_warning() -> None
     assert "but for case or white space, such as row 4 'ROW 7' and row 8 of t" in found.what
 
 
+def test_a_row_that_is_the_same_in_one_task_and_near_in_another_is_the_same() -> None:
+    test = texts([("Where is my parcel", "a")])
+    exact = ComingTask("a", texts([("Where is my parcel", "a")]), None, test)
+    near = ComingTask("b", texts([("where is my PARCEL", "a")]))
+    for tasks in ([exact, near], [near, exact]):
+        leaks = [one for one in check_leaks(tasks) if one.file == "a (test)"]
+        assert [one.severity for one in leaks] == ["broken"]
+        assert "has 1 of its 1 rows (100.0%) among the training rows of a too, such as" in leaks[0].what
+
+
 def test_a_leak_between_tasks_is_found_and_other_labels_are_counted() -> None:
     later = ComingTask("late", texts([*many(5, "new"), ("row 1", "z"), ("row 2", "a")]), texts(many(2)), texts(many(1)))
     found = lines(check_leaks([ComingTask("early", texts(many(4))), later]))

@@ -159,6 +159,16 @@ def test_a_recipe_can_be_a_file(recipe_file):
             "'data' names no source; give one of hub, shared, builtin or sets",
         ),
         ("  increment: 2\n", "", "'stream' splits by class without increment"),
+        (
+            "  builtin: sklearn:digits",
+            "  sets: [{name: one, builtin: sklearn:digits}]",
+            "has data.sets, of which only stream.by: datasets makes tasks",
+        ),
+        (
+            "  builtin: sklearn:digits",
+            "  sets: [{name: one, builtin: sklearn:digits}]\n  drop_labels: [x]",
+            "'data' has drop_labels beside sets, where nothing reads it",
+        ),
         ("    training: {epochs: 2}", "    stream: {incremant: 1}", "'settings.short.stream.incremant'; did you mean"),
         ("title: Six colours in three tasks\n", "", "field 'title' is missing"),
         (

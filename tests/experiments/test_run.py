@@ -12,6 +12,7 @@ from everlora.experiments.plan import make_plan, row_options
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.records import RunRecord
 from everlora.store import LearnerStore
+from everlora.streams import Examples
 
 ROWS = ["inflora", "sequential", "probe", "joint"]
 
@@ -149,7 +150,7 @@ def test_rows_and_seeds_can_be_added_to_a_folder_and_finished_ones_are_kept(star
     [
         ({"options": {"epochs": 3}}, "another options"),
         ({"setting": "short"}, "another setting"),
-        ({"data": "changed"}, "results of other options, data or model"),
+        ({"data": "changed"}, "another state of the data"),
     ],
 )
 def test_a_folder_keeps_to_one_configuration(start, splits, changes, words):
@@ -158,6 +159,42 @@ def test_a_folder_keeps_to_one_configuration(start, splits, changes, words):
         changes = {"data": {"train": splits["train"], "test": splits["test"].select(range(6))}}
     with pytest.raises(OptionError, match=words):
         start(methods=["probe"], **changes)
+
+
+def test_a_seed_of_other_data_does_not_stand_beside_the_first(start, splits, tmp_path):
+    results = start(methods=["probe"])
+    train = splits["train"]
+    turned = Examples("image", train.inputs, train.labels[::-1].copy(), train.ids, class_names=train.class_names)
+    with pytest.raises(OptionError, match="another state of the data"):
+        start(methods=["probe"], seeds=[4], data={**splits, "train": turned})
+    assert results["data_hash"] == json.loads((tmp_path / "out" / "plan.json").read_text())["data_hash"]
+    assert (
+        start(methods=["probe"], out=tmp_path / "other", data={**splits, "train": turned})["data_hash"]
+        != (results["data_hash"])
+    )
+
+
+def test_options_that_json_writes_otherwise_are_those_of_before(start):
+    given = {"methods": ["inflora"], "options": {"targets": ("q_proj",)}}
+    assert numbers(start(**given)) == numbers(start(**given))
+
+
+def test_a_recipe_may_not_fix_the_seed(recipe_file, tiny):
+    for place, text in (
+        ("recipe", tiny.replace("lr: 1e-2,", "lr: 1e-2, seed: 5,")),
+        ("setting", tiny.replace("training: {epochs: 2}", "training: {epochs: 2, seed: 5}")),
+        ("row inflora", tiny.replace("set: {rank: 2}", "set: {rank: 2, seed: 5}")),
+    ):
+        assert text != tiny
+        with pytest.raises(OptionError, match=f"{place} may not set 'seed'"):
+            make_plan(text, file="tiny", setting="short", model="m")
+
+
+def test_a_stream_by_class_keeps_its_scenario(recipe_file, tiny, network, splits, tmp_path):
+    recipe_file.write_text(tiny.replace("  by: class\n", "  by: class\n  scenario: task_incremental\n"))
+    results = run(recipe_file, data=splits, model=network, out=tmp_path / "out", seeds=[3], methods=["probe"])
+    assert results["stream"]["scenario"] == "task_incremental"
+    assert results["runs"][0]["correct"] == results["runs"][0]["task_aware"]
 
 
 def test_a_folder_of_something_else_is_left_alone(start, tmp_path):
@@ -197,7 +234,8 @@ def test_options_reach_the_rows_that_know_them(recipe_file, tiny):
     assert options("probe", epochs=9)["epochs"] == 9
     assert options("probe", setting="short")["epochs"] == 2
     assert options("probe")["seed"] == 7
-    assert options("probe", seed=1)["seed"] == 1
+    with pytest.raises(OptionError, match=r"options given may not set 'seed'.*--seeds"):
+        options("probe", seed=1)
 
 
 def test_a_rows_own_options_win_over_the_settings(tiny):

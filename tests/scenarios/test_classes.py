@@ -67,3 +67,17 @@ def test_learners_of_earlier_versions_go_on_with_their_csv(kind: str, tmp_path: 
     rules.restore([{"labels": ["1", "2"], "label_kind": kind}])
     assert rules.load(table(tmp_path, "3", "4"), None).classes == ("3", "4")
     assert rules.load(table(tmp_path, "12a", "13"), None).classes == ("12a", "13")
+
+
+def test_rows_that_are_kept_and_the_same_rows_given_are_judged_alike(bert: Path, tmp_path: Path) -> None:
+    learner = toy_learner(tmp_path / "learner", bert, "probe", scenario="task_incremental", keep_validation=4)
+    given = []
+    for number, labels in enumerate((("a", "b"), ("c", "d"))):
+        rows = [{"text": f"word {i} {label}", "label": label} for label in labels for i in range(8)]
+        given += rows
+        learner.learn(rows, name=f"task {number}")
+    found = learner.evaluate(given)
+    assert all(counts.correct == counts.task_aware for counts in found.counts.values())
+    labelled = [learner.predict([row["text"] for row in given[16 * n : 16 * n + 16]], task=n) for n in range(2)]
+    correct = sum(one.label == row["label"] for one, row in zip([*labelled[0], *labelled[1]], given, strict=True))
+    assert found.accuracy == correct / len(given)

@@ -119,6 +119,23 @@ def test_a_folder_of_monthly_files_is_one_set(tmp_path: Path) -> None:
     assert list(examples.inputs) == [ROWS[1]["text"], ROWS[2]["text"], ROWS[0]["text"]], "in order of file names"
 
 
+def test_a_part_of_a_mapping_that_is_divided_gives_the_split_of_its_name(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_csv(tmp_path / "d" / f"{split}.csv", f"text,label\n{split} row,a\n")
+    write_csv(tmp_path / "only" / "test.csv", "text,label\nonly row,a\n")
+    loaded = load_splits({"train": tmp_path / "d", "test": tmp_path / "d"})
+    assert {split: list(rows.inputs) for split, rows in loaded.items()} == {
+        "train": ["train row"],
+        "test": ["test row"],
+    }
+    inner = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"text": "inner row", "label": "a"}])})
+    for part, text in ((tmp_path / "only", "only row"), (inner, "inner row")):
+        loaded = load_splits({"train": tmp_path / "d" / "train.csv", "test": part})
+        assert list(loaded["test"].inputs) == [text]
+    with pytest.raises(DataError, match="only has no train split, only test"):
+        load_splits({"train": tmp_path / "only"})
+
+
 def test_a_missing_split_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path, ".csv", ROWS, "train")
     with pytest.raises(DataError, match="has no test split, only train"):

@@ -155,7 +155,7 @@ def test_an_interrupted_sweep_goes_on_within_its_task(start: Any, tmp_path: Path
     assert [trial["values"] for trial in parts["trials"]] == [trial["values"] for trial in whole["trials"]]
 
 
-def test_more_values_are_added_and_other_sweeps_refused(start: Any, untrained: list[float]) -> None:
+def test_more_values_are_added_and_other_sweeps_refused(start: Any, untrained: list[float], train: Examples) -> None:
     start()
     results = start(space={"lr": [1e-2, 1e-1]})
     assert untrained == [1e-3, 1e-2, 1e-1]
@@ -164,6 +164,16 @@ def test_more_values_are_added_and_other_sweeps_refused(start: Any, untrained: l
         start(validation=0.2)
     with pytest.raises(OptionError, match="another options"):
         start(options={"epochs": 2})
+    turned = Examples(train.modality, train.inputs, train.labels[::-1].copy(), train.ids, class_names=train.class_names)
+    with pytest.raises(OptionError, match="another state of the data"):
+        start(data={"train": turned})
+    assert len(untrained) == 3
+
+
+def test_values_that_json_writes_otherwise_are_gone_on_with(start: Any, untrained: list[float]) -> None:
+    given = {"options": {"targets": ("q_proj",)}, "space": {"lr": [1e-3]}}
+    assert start(**given)["trials"] == start(**given)["trials"]
+    assert untrained == [1e-3]
 
 
 def test_of_ties_the_first_of_all_calls_is_named(
