@@ -309,7 +309,7 @@ class Learner(Forgets, Describes, Rejects):
                     trainer, self._rules.load(dataset, columns), names
                 )
                 return result
-            kept = {index: rows for index in range(len(names)) if (rows := self._kept_rows(index)) is not None}
+            kept = {i: rows for i in range(len(names)) if (rows := self._kept_rows(i)) is not None and len(rows)}
             if not kept:
                 raise DataError(
                     f"{self.path} keeps no validation rows; give a data set, or create it with keep_validation."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -227,4 +228,6 @@ def _plain(options: Any) -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): item for key, item in value.items()}  # JSON's keys are strings, before and after storing
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)  # which JSON's numbers do not have, and validation reads
     return list(value) if isinstance(value, tuple) else value

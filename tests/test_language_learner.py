@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from everlora import Learner
 from everlora.errors import DataError, ModelError, OptionError, UnsupportedError
+from everlora.methods.i_lora import ILoraOptions
+from everlora.methods.registry import parse_options
 from everlora.results import LanguageEvaluation, LanguageScore
 
 FAST: dict[str, Any] = {
@@ -59,8 +64,13 @@ def test_a_learner_opened_between_tasks_goes_on_as_one_that_was_not(method: str,
 class _Breaks:
     """A watcher that fails after some steps."""
 
+    def __init__(self, after: int = 1) -> None:
+        self.left = after
+
     def step(self, *_: Any) -> None:
-        raise RuntimeError("the watcher failed")
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("the watcher failed")
 
     def task(self, *_: Any) -> None:
         raise AssertionError("no task was learned")
@@ -108,6 +118,71 @@ def test_labels_are_chosen_by_likelihood(model: Path, tmp_path: Path) -> None:
     assert written.text is not None and written.scores == {}
 
 
+def test_a_plain_text_needs_no_columns(model: Path, tmp_path: Path) -> None:
+    columns = {"instruction": "q", "output": "topic"}
+    learner = Learner.create(tmp_path / "l", model=model, method="sequential", columns=columns, **FAST)
+    learner.learn([{"q": row["instruction"], "topic": row["output"]} for row in SUMS])
+    [one], several = learner.predict("1 and 1"), learner.predict(["1 and 1", "2 and 0"])
+    assert one.text == several[0].text is not None and len(several) == 2
+    assert learner.predict([{"q": "1 and 1"}])[0].text == one.text
+
+
+def test_a_task_that_kept_no_rows_is_left_out(model: Path, tmp_path: Path) -> None:
+    learner = Learner.create(tmp_path / "l", model=model, method="sequential", keep_validation=1, **FAST)
+    learner.learn(SUMS, name="sums")
+    before = learner.evaluate()
+    learner.learn([{"text": "Mary had a little lamb."}], name="lamb")
+    after = Learner.open(tmp_path / "l").evaluate()
+    assert list(before.per_task) == list(after.per_task) == ["sums"]
+
+
+def test_switched_off_i_lora_is_sequential_also_when_it_is_opened_again(model: Path, tmp_path: Path) -> None:
+    own = {"use_ilora": False, "reset_optimizer": False}
+    made = {
+        name: Learner.create(tmp_path / name, model=model, method=method, **FAST, **options)
+        for name, method, options in (("a", "i_lora", own), ("b", "i_lora", own), ("c", "sequential", {}))
+    }
+    for rows in (SUMS, LAMB):
+        for name in made:
+            made[name].learn(rows)
+        made["b"] = Learner.open(tmp_path / "b")
+    assert made["a"].digest == made["b"].digest
+    factors = [[layer.up for layer in one.method.layers().values()] for one in made.values()]
+    assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(*factors, strict=True))
+
+
+@pytest.mark.parametrize("insert", ["online", "every_step"])
+def test_no_row_is_written_where_the_memory_shall_not_be_saved(model: Path, tmp_path: Path, insert: str) -> None:
+    options = {**FAST, "save_buffer": False, "buffer_insert": insert, "checkpoint_every": 2}
+    learner = Learner.create(tmp_path / "l", model=model, method="i_lora", **options)
+    with pytest.raises(RuntimeError, match="watcher failed"):
+        learner.learn(SUMS, watch=_Breaks(after=4))
+    arrays = list((tmp_path / "l").rglob("arrays.safetensors"))
+    assert arrays and not any(key for path in arrays for key in load_file(path) if "buffer" in key)
+    again = Learner.open(tmp_path / "l")
+    with pytest.raises(UnsupportedError, match=r"went by the memory were not saved.*discard_unfinished"):
+        again.learn(SUMS)
+    again.learn(SUMS, discard_unfinished=True)
+    assert len(again.tasks) == 1
+
+
+def test_an_open_gate_can_be_stored(model: Path, tmp_path: Path) -> None:
+    options = {**FAST, "selective_update": True, "min_update_threshold": -math.inf}
+    Learner.create(tmp_path / "l", model=model, method="i_lora", **options)
+    assert Learner.open(tmp_path / "l").settings.method_options.min_update_threshold == -math.inf
+
+
+def test_one_name_or_names_with_commas_stand_for_several(model: Path, tmp_path: Path) -> None:
+    for number, (given, meant) in enumerate(
+        (("q_proj", ("q_proj",)), ("q_proj, v_proj", ("q_proj", "v_proj")), (("k_proj",), ("k_proj",)))
+    ):
+        learner = Learner.create(tmp_path / str(number), model=model, method="i_lora", targets=given, **FAST)
+        assert {name.rpartition(".")[2] for name in learner.method.layers()} == set(meant)
+    for given, meant in (("-1,-2", (-1, -2)), (-1, (-1,)), ("all", "all")):
+        options = parse_options(ILoraOptions, {"hidden_state_layers": given}, "i_lora")
+        assert options.hidden_state_layers == meant
+
+
 def test_refusals_say_what_to_do(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="'ncm' is for models of images and encoders of texts"):
         Learner.create(tmp_path / "a", model=model, method="ncm", scenario="language")
@@ -124,6 +199,8 @@ def test_refusals_say_what_to_do(model: Path, tmp_path: Path) -> None:
     learner.learn(SUMS, name="sums")
     with pytest.raises(OptionError, match="leave task out"):
         learner.predict("1 and 1", task="sums")
+    with pytest.raises(OptionError, match=r"whole number between 1 and .*found 0"):
+        learner.generate(["1 and 1"], max_new_tokens=0)
     with pytest.raises(OptionError, match="no variant 'stable'"):
         learner.predict("1 and 1", variant="stable")
     with pytest.raises(DataError, match="keeps no validation rows"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from everlora.buffer import ReplayBuffer
-from everlora.callbacks.tokens import Batch, TokenRows, collate_rows, collect_rows
+from everlora.callbacks.tokens import Batch, TokenRows, checked_batch, collate_rows, collect_rows
 from everlora.errors import OptionError, UnsupportedError
 from everlora.methods.keys import keyed_generator
 
@@ -77,11 +77,12 @@ class TaskMemory:
         rows, _, _ = self._buffer.draw(count * world, keyed_generator(self.seed, "replay", *keys))
         return collate_rows(rows.select(torch.arange(rank, count * world, world)), pad_token_id=self.pad_token_id)
 
-    def insert(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, task: int) -> None:
-        """Let each example of a task go by once, in an order drawn by key.
+    def check(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+        """Refuse examples that cannot be kept, before anything is learned from them.
 
         Raises:
-            UnsupportedError: the data set is a stream, which has no rows to come back to.
+            DataError: the first has no labels.
+            UnsupportedError: the data set is a stream, which has no rows to come back to, or see `checked_batch`.
         """
         if self._buffer is None:
             return
@@ -90,6 +91,13 @@ class TaskMemory:
                 "expected a training set of known length to keep examples of, found a stream; pass a Dataset, or set "
                 "ilora_buffer_size=0"
             )
+        if len(dataset):
+            checked_batch(collate([dataset[0]]))
+
+    def insert(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]], *, task: int) -> None:
+        """Let each example of a task, for which `check` has nothing to say, go by once, in an order drawn by key."""
+        if self._buffer is None:
+            return
         order = torch.randperm(len(dataset), generator=keyed_generator(self.seed, "order", task))
         generator = keyed_generator(self.seed, "insert", task)
         for start in range(0, len(order), _CHUNK):

@@ -75,7 +75,7 @@ class _DualMemoryTrainer(Trainer):  # type: ignore[misc]  # transformers comes w
         """Learn the task, then let its examples go by the memory.
 
         Raises:
-            UnsupportedError: the task is learned already.
+            UnsupportedError: the task is learned already, or its examples cannot be kept.
         """
         if self.dual is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -89,6 +89,7 @@ class _DualMemoryTrainer(Trainer):  # type: ignore[misc]  # transformers comes w
             folder = resume_from_checkpoint if named else get_last_checkpoint(self.args.output_dir)
             if folder is not None:
                 load_checkpoint(Path(folder) / _FOLDER, self.dual)
+        self.dual.memory.check(self.train_dataset, self.data_collator)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.dual.memory.insert(self.train_dataset, self.data_collator, task=len(self.dual.history))
         self.dual.history.append(self.dual.task_id)

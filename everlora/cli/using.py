@@ -123,7 +123,7 @@ def _report_file(path: Path, num_rows: int, names: list[str], *, as_json: bool) 
 
 def _print_answers(texts: list[str], best: list[Ranked], refused: list[bool]) -> None:
     if any(isinstance(answer, str) for answer in best):
-        output.table(("input", "answer"), [(text, str(answer)) for text, answer in zip(texts, best, strict=True)])
+        output.table(("input", "answer"), [*zip(texts, map(_text_of, best), strict=True)])
         return
     rows = [
         (text if place == 0 else "", *cells)
@@ -132,6 +132,11 @@ def _print_answers(texts: list[str], best: list[Ranked], refused: list[bool]) ->
         for place, cells in enumerate(_cells(ranked, none))
     ]
     output.table(("input", "label", "score"), rows)
+
+
+def _text_of(answer: Ranked) -> str:
+    """What was written, or the label that was chosen."""
+    return answer if isinstance(answer, str) else answer[0][0]
 
 
 def _cells(ranked: list[tuple[str, float]], is_refused: bool) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import torch
 from everlora.backbones.causal_lm import CausalLMBackbone
 from everlora.backbones.quantization import chosen_quantization
 from everlora.backbones.templates import PromptTemplate
+from everlora.language.generation import ends_of
 
 __all__ = ["LanguageSnippet", "chat_template_of"]
 
@@ -52,6 +53,7 @@ class LanguageSnippet:
     def _imports(self) -> list[str]:
         names = ["AutoModelForCausalLM", "AutoTokenizer"]
         names += ["BitsAndBytesConfig"] if self._quantization != "none" else []
+        names += ["GenerationConfig"]
         lines = ["import torch", *(["from peft import PeftModel"] if self.base is not None else [])]
         return [*lines, f"from transformers import {', '.join(names)}"]
 
@@ -77,7 +79,13 @@ class LanguageSnippet:
         lines += [f"model = AutoModelForCausalLM.from_pretrained({where}, {options})"]
         place = f'f"{{folder}}/{self.adapter}"' if self.adapter else "folder"
         lines += [f"model = PeftModel.from_pretrained(model, {place})"] if self.base is not None else []
-        return [*lines, "model = model.eval()"]
+        ends = sorted(ends_of(self.backbone)) or None
+        return [
+            *lines,
+            "model = model.eval()",
+            "# nothing of what the folder of the model says about sampling and penalties",
+            f"model.generation_config = GenerationConfig(eos_token_id={ends}, pad_token_id={self.backbone.inputs.pad})",
+        ]
 
     def _prompt(self) -> list[str]:
         lines = ["", "def prompt_of(instruction):", '    """Write an instruction the way the model learned them."""']
@@ -115,7 +123,6 @@ class LanguageSnippet:
             '        "attention_mask": torch.ones_like(ids),',
             '        "max_new_tokens": max_new_tokens,',
             '        "do_sample": False,',
-            f'        "pad_token_id": {self.backbone.inputs.pad},',
             "    }",
             "    with torch.no_grad():",
             "        output = model.generate(input_ids=ids, **options)",

@@ -16,7 +16,7 @@ from everlora.backbones.huggingface import accepts
 from everlora.errors import DataError, OptionError
 from everlora.language.passes import evaluating
 
-__all__ = ["USUAL_NEW_TOKENS", "Written", "check_max_new_tokens", "write"]
+__all__ = ["USUAL_NEW_TOKENS", "Written", "check_max_new_tokens", "ends_of", "write"]
 
 USUAL_NEW_TOKENS = 64
 """How long an answer may be where nobody says: a learner's own option has this value, too."""
@@ -85,7 +85,7 @@ def write(
     """
     if not all(len(prompt) for prompt in prompts):
         raise DataError("a prompt has no tokens, so there is nothing to go on from; give every row an instruction")
-    ends = _ends(backbone)
+    ends = ends_of(backbone)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     result: dict[int, Written] = {}
     with evaluating(backbone), _plain_settings(backbone, max_new_tokens, ends):
@@ -129,7 +129,7 @@ def _written(backbone: CausalLMBackbone, new: list[int], terms: list[float], end
     return Written(tuple(tokens), backbone.inputs.decode(tokens), sum(terms[: length + 1]))
 
 
-def _ends(backbone: CausalLMBackbone) -> frozenset[int]:
+def ends_of(backbone: CausalLMBackbone) -> frozenset[int]:
     """Return the ids that end an answer: the tokenizer's, which training uses, and those the model was made with."""
     model: Any = backbone.model
     named = getattr(model.generation_config, "eos_token_id", None)

@@ -20,7 +20,7 @@ from everlora.methods.consistency import (
     distance,
     numbered_layers,
 )
-from everlora.methods.rehearsal import IGNORED, joined, stack_rows
+from everlora.methods.rehearsal import IGNORED, described_alike, joined, stack_rows
 from everlora.methods.stable import StableAdapter
 
 __all__ = ["DualLoss", "DualOptions"]
@@ -145,7 +145,8 @@ class DualLoss:
         selective = self._options.selective_update
         seen: Iterable[Batch] = parts
         if not selective and self._options.consistency_rows != "all":
-            seen = [batch if self._options.consistency_rows == "current" or batch.memory is None else batch.memory]
+            is_current = self._options.consistency_rows == "current"
+            seen = [batch if is_current or batch.memory is None else described_alike(batch.memory, batch)]
         layers = [*numbers, *([self._encoder.num_blocks] if selective else [])]
         with torch.no_grad(), exchanged(self._adapted, self._stable.factors()):
             states = _stacked(self._encoder.hidden_states(part.inputs, layers) for part in seen)
@@ -176,7 +177,7 @@ class DualLoss:
         share, rows = batch.share, self._options.consistency_rows or "memory"
         if share == Share():
             return 1.0
-        if self._options.consistency_tokens == "all" and "segments" not in batch.inputs:
+        if self._options.consistency_tokens == "all" and (rows == "memory" or "segments" not in batch.inputs):
             return self._tokens().part_of_rows(rows, len(self._mask(batch, parts))) / share.supervised
         supervised = self._options.consistency_tokens == "supervised"
         if rows == "memory" and not supervised:

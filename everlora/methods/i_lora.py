@@ -7,6 +7,7 @@ on these are held close to those of the stable adapter, which is interpolated to
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from everlora.errors import OptionError, nearest
+from everlora.errors import OptionError, UnsupportedError, nearest
 from everlora.lowrank import exchanged
 from everlora.methods.base import Batch, Collect, Encoder, Loss, Recalled, State, TaskInfo
 from everlora.methods.classifiers import heads_state, load_heads
@@ -103,7 +104,7 @@ class ILoraOptions:
     consistency_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     ilora_buffer_size: Annotated[int, Field(ge=0)] | None = None
     selective_update: bool = False
-    min_update_threshold: float = 0.1
+    min_update_threshold: Annotated[float, Field(ge=-math.inf)] = 0.1  # so anything but NaN
     hidden_state_layers: tuple[int, ...] | Literal["all"] | None = None
     save_ema_adapter: bool = True
     ema_adapter_path: str | None = None
@@ -210,6 +211,13 @@ class ILora(TunedMethod, ContinuesEarlierModel):
         self._start_from(earlier.adapter, earlier.second or earlier.adapter)
         if not earlier.carried:
             warnings.warn(f"{earlier.source} holds adapters alone: no memory and no count of updates", stacklevel=2)
+            self.average.settled = earlier.second is not None
+        held, size = len(earlier.carried.get("buffer/labels", ())), self.options.ilora_buffer_size or 0
+        if held > size > 0:
+            raise OptionError(
+                f"{earlier.source} kept {held} rows of its tasks, more than ilora_buffer_size={size}; give at least as "
+                "many."
+            )
         self._carry_on(earlier.carried)
 
     def begin_task(self, task: TaskInfo, collect: Collect) -> None:
@@ -268,13 +276,24 @@ class ILora(TunedMethod, ContinuesEarlierModel):
         """The stable adapter, its updates so far, and the buffer where rows go by it during training."""
         if not self.options.use_ilora:
             return {}
-        memory = {} if self.rehearsal is None else self.rehearsal.progress_state()
+        memory: State = {}
+        if self.rehearsal is not None and self.options.save_buffer:
+            memory = self.rehearsal.progress_state()
         return {**factors_state(_CARRIED, self.stable.factors()), **self.average.state(), **memory}
 
     def load_progress_state(self, state: State) -> None:
-        """Put back what `progress_state` returned."""
+        """Put back what `progress_state` returned.
+
+        Raises:
+            UnsupportedError: rows of the task went by a memory that was not saved.
+        """
         if not state:
             return
+        if self.rehearsal is not None and not self.options.save_buffer and self.rehearsal.insert != "task_end":
+            raise UnsupportedError(
+                "the rows of this task that went by the memory were not saved (save_buffer=False), so it cannot go on "
+                "within the task; begin the task anew with discard_unfinished, or save the buffer."
+            )
         self.stable.set(factors_under(_CARRIED, state))
         self.average.load_state(state)
         if self.rehearsal is not None:
@@ -307,7 +326,7 @@ class ILora(TunedMethod, ContinuesEarlierModel):
 
     def optimizer_state(self) -> State | None:
         """What the optimiser knew after the last task, if it is to go on from there."""
-        return None if self.options.reset_optimizer else self._moments
+        return None if self.options.reset_optimizer or not self.options.use_ilora else self._moments
 
     def keep_optimizer(self, state: State) -> None:
         """Keep what the optimiser knows."""

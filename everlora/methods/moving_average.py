@@ -57,6 +57,8 @@ class MovingAverage:
         ema_alpha: the retention that holds in the newest task, once the warm-up is over.
         opened: in how many steps of the newest task there was an update.
         steps: how many steps that task had.
+        settled: whether the stable adapter is one of unknown age, so that there is no warm-up, which would begin with
+            a copy.
 
     Source: sections 2 and 3.2 of the reference on I-LoRA.
     """
@@ -67,6 +69,7 @@ class MovingAverage:
         self.ema_alpha = options.ema_alpha
         self.opened = 0
         self.steps = 0
+        self.settled = False
         self._last: float | None = None
         self._warned = False
 
@@ -82,7 +85,7 @@ class MovingAverage:
             if not task.steps:
                 raise OptionError("ema_horizon needs the number of steps of the task; leave it out, or set ema_alpha.")
             self.ema_alpha = max(0.0, 1.0 - 1.0 / (horizon * task.steps))
-        warm = self._options.ema_warmup and self.updates + 1 < 1.0 / max(1.0 - self.ema_alpha, 1e-12)
+        warm = self._warms_up and self.updates + 1 < 1.0 / max(1.0 - self.ema_alpha, 1e-12)
         left = self.ema_alpha**task.steps
         if task.steps and left > 0.5 and not (warm or self._warned) and self._options.ema_update != "task_end":
             self._warned = True
@@ -92,6 +95,10 @@ class MovingAverage:
                 "smaller ema_alpha.",
                 stacklevel=3,
             )
+
+    @property
+    def _warms_up(self) -> bool:
+        return self._options.ema_warmup and not self.settled
 
     def after_step(self, stable: StableAdapter, losses: Tensor, total: Callable[[Tensor], Tensor]) -> None:
         """Update the stable adapter after an optimiser step, if the gate is open.
@@ -108,10 +115,10 @@ class MovingAverage:
         if self._options.selective_update:
             slow, fast = total(losses).tolist()
             gain = (slow - fast) / max(slow, _LEAST_LOSS)
-            if self.updates and not gain > self._options.min_update_threshold:
+            if (self.updates or self.settled) and not gain > self._options.min_update_threshold:
                 return
         self.opened += 1
-        self._last = retention(self.updates, self.ema_alpha, self._options.ema_warmup)
+        self._last = retention(self.updates, self.ema_alpha, self._warms_up)
         stable.follow(self._last)
         self.updates += 1
 
@@ -132,7 +139,8 @@ class MovingAverage:
 
     def state(self) -> State:
         """The counts."""
-        return {"ema": {"updates": self.updates, "opened": self.opened, "steps": self.steps, "retention": self._last}}
+        counts = {"updates": self.updates, "opened": self.opened, "steps": self.steps, "retention": self._last}
+        return {"ema": {**counts, "settled": self.settled}}
 
     def load_state(self, state: State) -> None:
         """Put back what `state` returned; nothing where it is not in there."""
@@ -140,3 +148,4 @@ class MovingAverage:
         if counts is not None:
             self.updates, self.opened, self.steps = (int(counts[name]) for name in ("updates", "opened", "steps"))
             self._last = counts["retention"]
+            self.settled = bool(counts.get("settled", False))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -109,13 +110,30 @@ def parse_options(options_type: type[OptionsClass], values: Mapping[str, Any], o
             raise OptionError(f"{owner} has no option '{key}'; {nearest(key, known)}")
     try:
         validator = _validator(options_type)  # type: ignore[arg-type]
-        options: OptionsClass = validator.validate_python(dict(values))
+        kinds = _kinds(options_type)  # type: ignore[arg-type]
+        options: OptionsClass = validator.validate_python({k: _several(v, kinds[k]) for k, v in values.items()})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "options"
         message = first["msg"].removeprefix("Value error, ")
         raise OptionError(f"option '{field}' of {owner}: {message}; got {first.get('input')!r}.") from None
     return options
+
+
+@functools.cache
+def _kinds(options_type: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(options_type)
+
+
+def _several(value: Any, kind: Any) -> Any:
+    """Where an option has several values, let one stand for itself and a text have commas: `q_proj,v_proj`."""
+    kinds = (kind,) if typing.get_origin(kind) is tuple else typing.get_args(kind)
+    words = [word for one in kinds if typing.get_origin(one) is Literal for word in typing.get_args(one)]
+    if value in words or not any(typing.get_origin(one) is tuple for one in kinds):
+        return value
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 @functools.cache

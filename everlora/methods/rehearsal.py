@@ -18,7 +18,7 @@ from everlora.errors import UnsupportedError
 from everlora.methods.base import Batch, Collect, Recalled, State, TaskInfo
 from everlora.methods.keys import keyed_generator
 
-__all__ = ["IGNORED", "Insertion", "Rehearsal", "joined", "stack_rows"]
+__all__ = ["IGNORED", "Insertion", "Rehearsal", "described_alike", "joined", "stack_rows"]
 
 Insertion: TypeAlias = Literal["task_end", "online", "every_step"]
 """When a task's rows go by the buffer: each once, all at the task's end or when it was first trained on; or before each
@@ -198,15 +198,17 @@ def stack_rows(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
 
 
 def _joined_tokens(current: Batch, memory: Batch) -> list[Batch]:
-    parts = (current, _packed_alike(memory) if "segments" in current.inputs else memory)
+    parts = (current, described_alike(memory, current))
     rows = [len(part.labels) for part in parts]
     widths = [part.labels.shape[1] for part in parts]
     apart = sum(count * width for count, width in zip(rows, widths, strict=True))
-    return [_fused(*parts)] if sum(rows) * max(widths) <= _MAX_PADDING * apart else [current, memory]
+    return [_fused(*parts)] if sum(rows) * max(widths) <= _MAX_PADDING * apart else list(parts)
 
 
-def _packed_alike(memory: Batch) -> Batch:
-    """Let each row be a line with one segment, as lines of several rows are described."""
+def described_alike(memory: Batch, current: Batch) -> Batch:
+    """Beside lines of several packed rows, let each row of the memory be a line with one segment."""
+    if "segments" not in current.inputs:
+        return memory
     mask = memory.inputs["attention_mask"]
     positions = torch.arange(mask.shape[1], device=mask.device) * mask
     return replace(memory, inputs={**memory.inputs, "position_ids": positions, "segments": mask})

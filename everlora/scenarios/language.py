@@ -43,7 +43,8 @@ class LanguageScenario(Scenario[LanguageScore, LanguageEvaluation]):
             return inputs
         if isinstance(inputs, str) or (isinstance(inputs, Mapping) and not isinstance(inputs, Path)):
             inputs = [inputs]
-        return load_dialogues(inputs, columns=self._named(None), require_answers=False)
+        is_plain = isinstance(inputs, Sequence) and all(isinstance(one, str) for one in inputs)
+        return load_dialogues(inputs, columns=None if is_plain else self._named(None), require_answers=False)
 
     def hold_out(self, examples: Examples, *, maximum: int, seed: int) -> tuple[Examples, Examples]:
         """Hold out at most `maximum` rows, and never more than half of them."""
@@ -85,7 +86,8 @@ class LanguageScenario(Scenario[LanguageScore, LanguageEvaluation]):
         """Go on from prompts, greedily."""
         if isinstance(prompts, str):
             raise DataError("prompts must be a list of texts; put the one text into a list.")
-        return self._evaluator(trainer).generate(prompts, max_new_tokens or self.max_new_tokens)
+        longest = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        return self._evaluator(trainer).generate(prompts, longest)
 
     @staticmethod
     def figure(score: LanguageScore) -> float:

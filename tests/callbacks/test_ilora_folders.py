@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import IterableDataset
 from peft import PeftModel
 from transformers import Trainer
 
@@ -196,6 +198,29 @@ def test_unsuitable_trainers_and_models_are_refused(source: Path | None, tmp_pat
     tied = ilora(lora_model(source), tmp_path, rows(4))
     with pytest.raises(StoreError, match="call train"):
         tied.save_adapters(tmp_path / "early")
+
+
+def test_data_whose_examples_cannot_be_kept_is_refused_before_the_first_step(
+    source: Path | None, tmp_path: Path
+) -> None:
+    def stream() -> Iterator[dict[str, list[int]]]:
+        yield from rows(4)
+
+    streamed = ilora(lora_model(source), tmp_path, IterableDataset.from_generator(stream), values={"max_steps": 2})
+    packed = ilora(lora_model(source), tmp_path, rows(4))
+    packed.data_collator = lambda examples: {**collate(examples), "position_ids": torch.zeros(len(examples), 20)}
+    for made, message in ((streamed, "found a stream"), (packed, "position_ids")):
+        with pytest.raises(UnsupportedError, match=message):
+            made.train()
+        assert made.state.global_step == 0
+    without = ilora(
+        lora_model(source),
+        tmp_path,
+        IterableDataset.from_generator(stream),
+        values={"max_steps": 2},
+        ilora_buffer_size=0,
+    )
+    without.train()
 
 
 def test_adapters_on_tied_embeddings_are_refused(source: Path | None, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from everlora.backbones.huggingface import quiet_transformers
 from everlora.errors import ModelError, OptionError, StoreError, UnsupportedError
 from everlora.export import language_layout
+from everlora.language.generation import write
 from tests.export.language_builders import (
     CHAT,
     export,
@@ -299,6 +301,27 @@ def continued(backbone: Any, prompt: str) -> str:
             pad_token_id=backbone.inputs.pad,
         )
     return str(backbone.inputs.decode(output[0, batch["input_ids"].shape[1] :]))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_penalties_in_the_folder_of_the_model_count_no_more_than_in_the_learner(
+    kind: str, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(stories, base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**settings, "repetition_penalty": 1.9, "do_sample": True}))
+    backbone = load_language_model(base)
+    taught = trained(backbone)
+    tokens = backbone.inputs.encode_prompts([json.dumps({"text": prompt}) for prompt in PROMPTS])
+    expected = [one.text for one in write(backbone, tokens, max_new_tokens=32)]
+    export(taught, backbone, tmp_path / "out", kind)
+    names = run_readme(tmp_path / "out", monkeypatch)
+    assert [names["generate"](prompt, 32) for prompt in PROMPTS] == expected
+    penalised = names["model"].generate(
+        torch.tensor([tokens[0]]), max_new_tokens=32, do_sample=False, repetition_penalty=1.9
+    )
+    assert names["tokenizer"].decode(penalised[0, len(tokens[0]) :], skip_special_tokens=True) != expected[0]
 
 
 @pytest.mark.slow

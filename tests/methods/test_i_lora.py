@@ -348,6 +348,17 @@ def test_packed_rows_and_whole_rows_of_the_memory(stories: Path, fused: bool, mo
     assert terms[0] == pytest.approx(terms[1], rel=1e-4) and terms[0] > 0
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_packed_rows_and_the_padding_of_the_memory(stories: Path, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("everlora.methods.rehearsal._MAX_PADDING", 99.0 if fused else 0.0)
+    bench = _second_task(stories, consistency_tokens="all")
+    batch = replace(bench.batch(1, [0, 1, 2], pack=True), memory=_with_memory(bench, [0, 1, 2], 3).memory)
+    assert not bool(batch.memory.inputs["attention_mask"].all()), "there is padding to compare"
+    assert bench.method.loss(batch).terms["consistency"] > 1e-6
+    bench.method.stable.follow(0.0)
+    assert bench.method.loss(batch).terms["consistency"] < 1e-12
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -361,6 +372,14 @@ def test_packed_rows_and_whole_rows_of_the_memory(stories: Path, fused: bool, mo
 )
 @pytest.mark.parametrize("count", [2, 3])
 def test_pieces_of_a_step_add_up_to_the_whole(stories: Path, options: dict[str, Any], count: int) -> None:
+    _check_pieces(stories, options, count)
+
+
+def test_pieces_of_a_packed_step_add_up_with_the_padding_of_the_memory(stories: Path) -> None:
+    _check_pieces(stories, {"consistency_tokens": "all"}, 3, pack=True)
+
+
+def _check_pieces(stories: Path, options: dict[str, Any], count: int, *, pack: bool = False) -> None:
     bench = _second_task(stories, consistency_weight=3.0, **options)
     rows = torch.arange(6)
     bench.method.before_step(rows)
@@ -370,7 +389,7 @@ def test_pieces_of_a_step_add_up_to_the_whole(stories: Path, options: dict[str, 
     memory = bench.memory(recalled)
 
     def of(piece: Any) -> Batch:
-        batch = replace(bench.batch(1, piece.rows.tolist()), share=piece.share)
+        batch = replace(bench.batch(1, piece.rows.tolist(), pack=pack), share=piece.share)
         if not len(piece.memory):
             return batch
         mine = Batch(
@@ -380,7 +399,7 @@ def test_pieces_of_a_step_add_up_to_the_whole(stories: Path, options: dict[str, 
         )
         return replace(batch, memory=mine)
 
-    whole = _gradients(bench, [replace(bench.batch(1, rows.tolist()), memory=memory)])
+    whole = _gradients(bench, [replace(bench.batch(1, rows.tolist(), pack=pack), memory=memory)])
     parts = _gradients(bench, [of(piece) for piece in pieces])
     for mine, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
@@ -580,6 +599,7 @@ def test_targets_that_are_refused(stories: Path, options: dict[str, Any], messag
         {"modules_to_save": ["lm_head"]},
         {"use_dora": True},
         {"ema_alpha": 1.5},
+        {"min_update_threshold": math.nan},
         {"preset": "mine"},
         {"hidden_state_layers": (9,)},
         {"ema_adapter_path": "../elsewhere"},

@@ -373,6 +373,15 @@ def test_one_task_of_a_learner_and_plain_folders(stories: Path, earlier: Path, t
     with pytest.warns(UserWarning, match="adapters alone"):
         continue_earlier(bare.method)
     assert same(bare.stable(), bare.factors()) and same(bare.factors(), pair.factors())
+    # how old the stable adapter is, nobody knows: it is no copy to begin a warm-up with
+    known = {name: value.clone() for name, value in pair.stable().items()}
+    with pytest.warns(UserWarning, match="will hardly know the task"):
+        pair.learn(0)
+    copied = _method(stories, previous_task_model=str(folder), prev_task_id="anything")
+    copied.method.load_state(pair.method.state())
+    assert copied.method.average.settled and pair.method.average.updates > 0
+    for name, value in pair.stable().items():
+        assert float((value - known[name]).norm()) < 0.01 * float((value - pair.factors()[name]).norm()), name
 
 
 def test_what_does_not_fit_is_refused(stories: Path, earlier: Path, tmp_path: Path) -> None:
@@ -384,6 +393,7 @@ def test_what_does_not_fit_is_refused(stories: Path, earlier: Path, tmp_path: Pa
     refuse(OptionError, "prev_task_id", prev_task_id=None)
     refuse(OptionError, "found 'task-001'", prev_task_id="task-000")
     refuse(OptionError, "alpha / rank", alpha=4)
+    refuse(OptionError, "kept 16 rows of its tasks, more than ilora_buffer_size=4", ilora_buffer_size=4)
     refuse(ShapeError, "rank", rank=4, alpha=8)
     refuse(TargetError, "targets", targets=("q_proj",))
     refuse(StoreError, "no folder", previous_task_model=str(tmp_path / "none"))
