@@ -132,12 +132,15 @@ def gap_table(results: Results) -> str:
     for stream in STREAMS:
         found = {key: values for key, values in figures(results, stream).items() if "avg" in values}
         best = max(found, key=lambda key: mean(found[key]["last"]))
-        joint = figures(results, stream).get(("joint", "linear"))
-        gaps = ["not measured"] * 2
-        if joint:
-            gaps = [f"{mean(joint['last']) - mean(found[key]['last']):+.1f}" for key in (choice, best)]
-        lines.append([stream, _cell(joint), gaps[0], f"`{best[0]}`, `{best[1]}`", _cell(found[best]), gaps[1]])
-    return _table(["stream", "joint", "gap of the choice", "best measured", "its figures", "its gap"], lines)
+        joints = [figures(results, stream).get(("joint", head)) for head in TRAINED]
+        ours, its = (" / ".join(_gap(joint, found[key]) for joint in joints) for key in (choice, best))
+        lines.append([stream, *map(_cell, joints), ours, f"`{best[0]}`, `{best[1]}`", _cell(found[best]), its])
+    joints_by_head = [f"joint, `{head}`" for head in TRAINED]
+    return _table(["stream", *joints_by_head, "gap of the choice", "best measured", "its figures", "its gap"], lines)
+
+
+def _gap(joint: dict[str, list[float]] | None, ours: dict[str, list[float]]) -> str:
+    return "not measured" if joint is None else f"{mean(joint['last']) - mean(ours['last']):+.1f}"
 
 
 def _ahead(ours: dict[str, list[float]], others: Iterable[dict[str, list[float]] | None]) -> str:
