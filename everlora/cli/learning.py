@@ -113,7 +113,7 @@ def init(
     if usual:
         _say_what_was_chosen(usual)
     output.line(f"Teach it with: everlora learn {folder} DATA")
-    if not keep_validation:
+    if not options.get("keep_validation"):
         output.line(
             "'everlora status' can follow old tasks only on rows kept back: --keep-validation N, here at 'init'."
         )

@@ -53,7 +53,10 @@ def test_init_takes_what_is_recommended_unless_told(call: Any, learner: type[Fak
     assert made[1] == usual | {"method": "ncm"}
     assert made[2] == usual | RECOMMENDED | {"head": "ncm"}
     assert made[3] == {"scenario": "language", "columns": None}
+    for words in (("--keep-validation", "2"), ("--set", "keep_validation=2")):
+        assert "only on rows kept back" not in call("init", intents, *words)[1]
     out = call("init", intents, "--set", "rank=2")[1]
+    assert "only on rows kept back" in out
     assert "inflora, which has the options given" in out
     assert learner.calls[-1][1][1] == usual | {"method": "inflora", "rank": 2}
 
