@@ -130,9 +130,10 @@ def gap_table(results: Results) -> str:
     choice = chosen(results)
     lines = []
     for stream in STREAMS:
-        found = {key: values for key, values in figures(results, stream).items() if "avg" in values}
+        every = figures(results, stream)
+        found = {key: values for key, values in every.items() if "avg" in values}
         best = max(found, key=lambda key: mean(found[key]["last"]))
-        joints = [figures(results, stream).get(("joint", head)) for head in TRAINED]
+        joints = [every.get(("joint", head)) for head in TRAINED]
         ours, its = (" / ".join(_gap(joint, found[key]) for joint in joints) for key in (choice, best))
         lines.append([stream, *map(_cell, joints), ours, f"`{best[0]}`, `{best[1]}`", _cell(found[best]), its])
     joints_by_head = [f"joint, `{head}`" for head in TRAINED]

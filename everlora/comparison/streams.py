@@ -75,8 +75,8 @@ def _put(folder: RunFolder, groups: list[StreamRuns]) -> None:
         home = StreamRuns(folder.results["stream"])
         groups.append(home)
         if alike:
-            other = alike[0].folders[0]
-            reason = next(filter(None, (_reason_apart(one, folder) for one in alike[0].folders)))
+            reasons = ((other, _reason_apart(other, folder)) for other in alike[0].folders)
+            other, reason = next((other, reason) for other, reason in reasons if reason)
             home.notes.append(f"{folder.name} {reason} {other.name}, so the two have tables of their own.")
     home.folders.append(folder)
 

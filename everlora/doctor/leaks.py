@@ -77,12 +77,7 @@ def check_leaks(tasks: list[ComingTask]) -> Iterator[Finding]:
 
 def _judged_and_learned(judged: _Contents, trained: Sequence[_Contents]) -> Iterator[Finding]:
     loose = _found_in(judged, trained)
-    exact = {
-        key: other
-        for key in loose
-        for other in reversed(trained)
-        if key in other.loose and _is_exact(key, judged, other)
-    }
+    exact = _found_in(judged, trained, exactly=True)
     total = len(judged.part.rows)
     for kind, found in (
         ("", exact),
@@ -110,9 +105,14 @@ def _shared(one: _Contents, others: Sequence[_Contents], therefore: str, mend: s
     yield warning(one.part.name, f"{what} (such as {_example(one, odd or found)})", mend)
 
 
-def _found_in(one: _Contents, others: Sequence[_Contents]) -> dict[str, _Contents]:
-    """What a part says that another says too, and the first that does, without regard to case and white space."""
-    return {key: other for key in one.loose for other in reversed(others) if key in other.loose}
+def _found_in(one: _Contents, others: Sequence[_Contents], *, exactly: bool = False) -> dict[str, _Contents]:
+    """What a part says that another says too, and the first that does; case and white space count if `exactly`."""
+    return {
+        key: other
+        for key in one.loose
+        for other in reversed(others)
+        if key in other.loose and (not exactly or _is_exact(key, one, other))
+    }
 
 
 def _is_exact(key: str, one: _Contents, other: _Contents) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "StreamSource",
     "Streams",
+    "as_read",
     "changes",
     "fingerprint_of",
     "identity",
@@ -96,7 +97,7 @@ class Plan:
             "seeds": list(self.seeds),
             "model": self.model,
             "data": data,
-            "options": dict(self.options),
+            "options": as_read(self.options),
             "path_points": self.path_points,
             "saving": dict(self.saving),
             "track": list(self.track),
@@ -270,6 +271,12 @@ def changes(before: Given, values: Given, names: Sequence[str]) -> list[str]:
 def fingerprint_of(parts: Sequence[tuple[str, Splits]]) -> str:
     """Return one hash of data sets, over every row of their splits."""
     return identity({"parts": [[name, {split: rows.fingerprint for split, rows in of.items()}] for name, of in parts]})
+
+
+def as_read(options: Given) -> dict[str, Any]:
+    """Options as they are once written and read again: tuples are lists then, and all keys are texts."""
+    read: dict[str, Any] = json.loads(json.dumps(dict(options)))
+    return read
 
 
 def identity(values: Mapping[str, Any]) -> str:

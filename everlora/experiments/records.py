@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from everlora.errors import OptionError, StoreError
 from everlora.store.files import MAX_JSON_BYTES, dump_json, is_temporary, load_json, read_bytes, replace_file
 
-__all__ = ["COUNTS", "RunRecord", "as_read", "is_fresh", "read_json", "write_json"]
+__all__ = ["COUNTS", "RunRecord", "is_fresh", "read_json", "write_json"]
 
 COUNTS = ("correct", "task_aware", "task_correct")
 
@@ -22,12 +21,6 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Give `path` these plain values in one atomic step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, dump_json(values, path.name))
-
-
-def as_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values as they are once written and read again: tuples are lists then, and all keys are texts."""
-    read: dict[str, Any] = json.loads(json.dumps(values))
-    return read
 
 
 def is_fresh(folder: Path, name: str) -> bool:

@@ -25,7 +25,7 @@ from everlora.experiments.paths import has_path, path_positions
 from everlora.experiments.plan import DATA_HASH, Plan, Streams, changes, make_plan, method_row
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.recipe import recipe_text
-from everlora.experiments.records import as_read, is_fresh, read_json, write_json
+from everlora.experiments.records import is_fresh, read_json, write_json
 from everlora.experiments.schema import PublishedFigure
 from everlora.report import write_report
 from everlora.tracking import check_trackers
@@ -186,7 +186,7 @@ def _open_folder(plan: Plan, out: Path | None, data_hash: str) -> Path:
         moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         out = Path("runs") / f"{plan.recipe.name}-{moment}"
     file = out / "plan.json"
-    values = as_read({**plan.to_json(), DATA_HASH: data_hash})
+    values = {**plan.to_json(), DATA_HASH: data_hash}
     if file.exists():
         if other := changes(read_json(file), values, _FIXED):
             raise OptionError(f"{out} holds results with another {other[0]}; choose another folder with --out.")

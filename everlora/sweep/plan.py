@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from everlora.experiments.plan import Plan, identity, method_row, row_options
+from everlora.experiments.plan import Plan, as_read, identity, method_row, row_options
 from everlora.experiments.recipe import stream_of
 from everlora.methods import list_methods, method_spec
 from everlora.metrics import AccuracyMatrix
@@ -85,7 +85,7 @@ class SweepPlan:
         """Return the plan as plain values; data in memory is left out."""
         return {
             "plan": self.plan.to_json(),
-            "trials": [{"row": trial.row, "options": dict(trial.options)} for trial in self.trials],
+            "trials": [{"row": trial.row, "options": as_read(trial.options)} for trial in self.trials],
             "first_task": self.first_task,
             "fraction": self.fraction,
             "split_seed": self.split_seed,

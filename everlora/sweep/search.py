@@ -16,7 +16,7 @@ from everlora.experiments.data import Progress
 from everlora.experiments.plan import DATA_HASH, Plan, changes, make_plan
 from everlora.experiments.pool import run_jobs
 from everlora.experiments.recipe import load_recipe, recipe_text
-from everlora.experiments.records import as_read, is_fresh, read_json, write_json
+from everlora.experiments.records import is_fresh, read_json, write_json
 from everlora.report.page import write_text
 from everlora.report.sweep import markdown_table, write_sweep_report
 from everlora.sweep.plan import SweepPlan, Trial, make_trials
@@ -148,7 +148,7 @@ def _checked_plan(
 
 def _open_folder(plan: SweepPlan, out: Path, data_hash: str) -> SweepPlan:
     """Put the plan into the folder, behind the trials of an earlier one that is the same otherwise."""
-    file, values = out / PLAN_FILE, as_read({**plan.to_json(), DATA_HASH: data_hash})
+    file, values = out / PLAN_FILE, {**plan.to_json(), DATA_HASH: data_hash}
     if file.exists():
         before = read_json(file)
         if other := changes(before, values, _FIXED) + changes(before["plan"], values["plan"], _FIXED_OF_PLAN):

@@ -144,6 +144,8 @@ def test_the_same_stream_of_other_rows_has_a_table_of_its_own(tmp_path: Path) ->
     found = compare([*paths, before])
     assert [[one.name for one in table.folders] for table in found.tables] == [["a", "a2", "c"], ["b"]]
     assert found.tables[1].notes[0] == "b read other rows than a, so the two have tables of their own."
+    found = compare([before, *paths])  # not `c`, which says nothing of its rows
+    assert found.tables[1].notes[0] == "b read other rows than a, so the two have tables of their own."
 
 
 def test_single_rows_of_one_stream_with_other_seeds_are_one_row(tmp_path: Path) -> None:
